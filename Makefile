@@ -1,0 +1,45 @@
+# The commands of a newcomer (serve, test) and of a developer (the rest). `make help` lists them.
+PYTHON ?= python3
+BACKEND ?=
+CONFIG ?= deploy/embedded.yaml
+export BACKEND
+RUN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: install ## install, prepare the tiers, start them, serve on http://127.0.0.1:8000
+	@exec $(RUN)/assay serve --config $(CONFIG)
+
+test: install-dev lint types imports test-fast test-engines ## everything that must be green
+
+install: ## both environments; repairs an interrupted one
+	@$(PYTHON) deploy/install.py
+
+install-dev:
+	@$(PYTHON) deploy/install.py --dev
+
+lint: ## ruff: style and common mistakes
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: ## mypy --strict
+	$(RUN)/mypy
+
+imports: ## server → tiers → kernels, never back up
+	$(RUN)/lint-imports
+
+test-fast: ## tests without an engine, in seconds
+	$(RUN)/pytest -m "not engine and not gpu"
+
+test-engines: ## tests on the three real engines, started once
+	$(RUN)/pytest -m "engine and not gpu"
+
+bench: ## speed, size and divergence of each tier of a running server; options in ARGS
+	$(RUN)/python -m tests.bench.tiers $(ARGS)
+
+clean: ## remove environments, checkpoints and logs
+	rm -rf .venv .venv-quantize .assay

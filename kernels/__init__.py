@@ -1,0 +1,1 @@
+"""Numerics: how far one distribution is from another. Knows tensors; knows nothing of tiers, HTTP or files."""

@@ -1,0 +1,62 @@
+"""How far one distribution over tokens is from another. PyTorch; positions are rows."""
+
+import torch
+from torch import Tensor
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p ‖ q) per position, in nats.
+
+    Args:
+        p_logits: reference logits, [T, V].
+        q_logits: tier logits, [T, V].
+
+    Returns:
+        [T], float32, never below 0.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    With d = q_logits − p_logits, KL = ln Σ p·eᵈ − Σ p·d: differences first, so that nearly equal
+    distributions do not cancel.
+    """
+    if p_logits.shape != q_logits.shape:
+        raise ValueError(f"p has shape {tuple(p_logits.shape)} and q {tuple(q_logits.shape)}; they must be equal")
+    p = torch.softmax(p_logits.float(), dim=-1)
+    d = q_logits.float() - p_logits.float()
+    # Shifting d by a constant shifts both terms alike; its mean under p keeps e^d near 1.
+    d = d - (p * d).sum(-1, keepdim=True)
+    # What rounding left of that mean is taken off again: p does not sum to 1 exactly.
+    return (torch.log1p((p * torch.expm1(d)).sum(-1)) - (p * d).sum(-1)).clamp_min(0)
+
+
+def kl_lower_bound(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
+    """A lower bound of KL(p ‖ q) per position, in nats, from some tokens' log-probabilities and the rest as one.
+
+    Merging outcomes can only lower KL (the data-processing inequality; Cover & Thomas, Elements of
+    Information Theory, 2nd ed., section 2.8), so this holds for whatever tokens are given.
+
+    Args:
+        p_logprobs: the reference's log-probabilities of k distinct tokens, [T, k]; −inf pads a short row.
+        q_logprobs: the tier's of the same tokens, [T, k].
+
+    Returns:
+        [T], float64, never below 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if p_logprobs.shape != q_logprobs.shape:
+        raise ValueError(
+            f"p has shape {tuple(p_logprobs.shape)} and q {tuple(q_logprobs.shape)}; they must be equal"
+        )
+    p, q = _with_rest(p_logprobs.double()), _with_rest(q_logprobs.double())
+    terms = torch.where(p > 0, p * (p.log() - q.log()), 0.0)
+    return terms.sum(-1).clamp_min(0)
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    """Probabilities with the remaining mass as a last column: [T, k] → [T, k + 1]."""
+    probabilities = logprobs.exp()
+    rest = (1 - probabilities.sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.cat([probabilities, rest], dim=-1)

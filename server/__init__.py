@@ -1,0 +1,1 @@
+"""The gateway: HTTP in, one engine chosen, bytes back; the engine processes; the command line."""

@@ -1,0 +1,138 @@
+"""Makes sure that every tier has its checkpoint, whole and made as configured; builds what is missing."""
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from server.config import Config
+from server.launch.local import LocalProcess
+from server.progress import Step, Steps
+from tiers.catalog import ModelShape
+from tiers.errors import BuildError, CheckpointError
+from tiers.manifest import MANIFEST_NAME, Manifest
+from tiers.tier import Tier, TierKind
+
+
+class Checkpoints:
+    """The checkpoints under one ``home``."""
+
+    def __init__(self, config: Config, steps: Steps) -> None:
+        self._config = config
+        self._steps = steps
+
+    def missing(self, tiers: Sequence[Tier]) -> list[Tier]:
+        """Those that have no checkpoint under their name at all."""
+        return [tier for tier in tiers if not (tier.checkpoint / MANIFEST_NAME).exists()]
+
+    async def prepare(self, tiers: Sequence[Tier], *, rebuild: bool = False) -> dict[str, Manifest]:
+        """The verified manifest of each tier, by its name, after building those that are missing or outdated.
+
+        Raises:
+            CheckpointError: a finished checkpoint is damaged; it is not replaced unasked.
+            BuildError: a checkpoint cannot be built.
+            SourceError: the weights to build from cannot be had.
+        """
+        asked = {tier.name for tier in tiers}
+        manifests: dict[str, Manifest] = {}
+        async with self._alone():
+            for tier in _references_first(tiers):
+                reference = None if tier.kind is TierKind.REFERENCE else manifests[tier.reference.name]
+                with self._steps.step(f"Checkpoint {tier.name}") as step:
+                    manifests[tier.name] = await self._ready(
+                        tier, reference, step, rebuild=rebuild and tier.name in asked
+                    )
+        return manifests
+
+    async def _ready(self, tier: Tier, reference: Manifest | None, step: Step, *, rebuild: bool) -> Manifest:
+        """The tier's manifest, verified; built first if there is none, it is outdated, or ``rebuild`` asks."""
+        if not rebuild and _is_finished(tier):
+            manifest = Manifest.read(tier.checkpoint)
+            if self._is_as_configured(tier, manifest, reference):
+                await asyncio.to_thread(manifest.verify, tier.checkpoint, lambda n: step.detail(f"verifying {n}"))
+                return manifest
+            step.detail("the recipe or source has changed: building again")
+        await self._build(tier, reference is not None, step)
+        return Manifest.read(tier.checkpoint)
+
+    def _is_as_configured(self, tier: Tier, manifest: Manifest, reference: Manifest | None) -> bool:
+        if reference is None:
+            return manifest.source == tier.source
+        text = tier.recipe.text_for(ModelShape.read(tier.reference.checkpoint))
+        return manifest.recipe_text == text and manifest.reference == reference.digest
+
+    async def _build(self, tier: Tier, from_reference: bool, step: Step) -> None:
+        """Run `tiers.build` in the quantization environment and pass on what it says."""
+        python = self._config.quantize_python.absolute()
+        if not python.exists():
+            raise BuildError(
+                f"{tier.name} must be built and there is no quantization environment at {python}: "
+                "run `make install`, or set quantize_python in the config."
+            )
+        request = {
+            "model": tier.model,
+            "recipe": tier.recipe.name,
+            "source": tier.source.model_dump(),
+            "target": str(tier.checkpoint),
+            "reference": str(tier.reference.checkpoint) if from_reference else None,
+        }
+        process = await LocalProcess.start(
+            [str(python), "-m", "tiers.build", json.dumps(request)],
+            {"TOKENIZERS_PARALLELISM": "false"},
+            self._config.logs / f"build-{tier.slug}.log",
+            pipe_output=True,
+        )
+        problem = None
+        try:
+            async for line in process.output:
+                event = json.loads(line)
+                step.detail(event["text"])
+                if event["event"] == "error":
+                    problem = event["text"]
+            code = await process.wait()
+        finally:
+            await process.stop()
+            if tier.source.kind != "hub" or from_reference:
+                shutil.rmtree(tier.checkpoint.with_name(tier.checkpoint.name + ".partial"), ignore_errors=True)
+        if problem:
+            raise BuildError(problem)
+        if code:
+            raise BuildError(
+                f"Building {tier.name} failed ({process.last_line()[:200]}); the whole output is in {process.log}."
+            )
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Hold the home's lock: two builds in one folder would destroy each other's work."""
+        path: Path = self._config.checkpoints / ".lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}): set `home`.") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise CheckpointError(
+                f"Another assay is preparing checkpoints in {path.parent}: wait for it."
+            ) from None
+        finally:
+            os.close(file)
+
+
+def _references_first(tiers: Sequence[Tier]) -> list[Tier]:
+    """The tiers, each after the reference it is made from, which is added where it is not served itself."""
+    ordered: dict[str, Tier] = {}
+    for tier in tiers:
+        ordered.setdefault(tier.reference.name, tier.reference)
+        ordered[tier.name] = tier
+    return list(ordered.values())
+
+
+def _is_finished(tier: Tier) -> bool:
+    return (tier.checkpoint / MANIFEST_NAME).exists()

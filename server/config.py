@@ -1,0 +1,164 @@
+"""One YAML file → `Config`. Every field says what it does; nothing here looks at the machine."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tiers.errors import ConfigError
+from tiers.recipe import find_recipe
+from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
+from tiers.tier import Resources, Tier, TierKind
+
+
+class TierConfig(Resources):
+    """One tier: what it is made by, and what its engine may use."""
+
+    recipe: str | None = Field(
+        default=None, description="How its weights are made; by default bf16, fp8-dynamic and w4a16-gptq."
+    )
+
+
+def _all_tiers() -> dict[TierKind, TierConfig]:
+    return {kind: TierConfig() for kind in TierKind}
+
+
+class ModelConfig(BaseModel):
+    """One model and its tiers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][\w./-]*$",
+        description="What callers name; -Reference, -Turbo and -Lite follow it.",
+    )
+    source: str = Field(
+        description=f"A hub id (owner/name), a folder (starting with ./ or /), or package:{EMBEDDED_PACKAGE}."
+    )
+    revision: str | None = Field(default=None, description="The commit or tag of a hub id; pin it.")
+    context_length: int | None = Field(
+        default=None,
+        ge=16,
+        description="Longest prompt and answer together, in tokens; the model's own by default.",
+    )
+    tiers: dict[TierKind, TierConfig] = Field(
+        default_factory=_all_tiers, min_length=1, description="Which tiers to serve: Reference, Turbo, Lite."
+    )
+
+    @model_validator(mode="after")
+    def _recipes_keep_what_the_tier_promises(self) -> Self:
+        for kind, tier in self.tiers.items():
+            recipe = find_recipe(tier.recipe or kind.default_recipe)
+            if recipe.precision.name != kind.precision:
+                raise ConfigError(
+                    f"tier {kind} of {self.name}: recipe {recipe.name} makes {recipe.precision.name} weights, "
+                    f"and {kind} promises {kind.precision}."
+                )
+        Source.parse(self.source, self.revision)
+        return self
+
+
+def _embedded() -> tuple[ModelConfig, ...]:
+    return (ModelConfig(name=EMBEDDED_MODEL, source=f"package:{EMBEDDED_PACKAGE}"),)
+
+
+class Config(BaseModel):
+    """The whole configuration of one server. Without a file it serves the embedded model in three tiers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="The address the gateway listens on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0 takes a free one.")
+    home: Path = Field(
+        default=Path(".assay"), description="Checkpoints and logs; relative to the working directory."
+    )
+    backend: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where engines run; auto asks which build of vLLM is installed."
+    )
+    quantize_python: Path = Field(
+        default=Path(".venv-quantize/bin/python"),
+        description="The Python of the quantization environment, which builds checkpoints.",
+    )
+    body_limit_mib: float = Field(default=8, gt=0, description="A larger request body is refused with 413.")
+    start_timeout_s: float = Field(default=1800, gt=0, description="An engine not ready by then has failed.")
+    drain_timeout_s: float = Field(
+        default=30, ge=0, description="How long running requests may take to finish when the server stops."
+    )
+    models: tuple[ModelConfig, ...] = Field(default_factory=_embedded, min_length=1, description="What is served.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [name for tier in self.tiers for name in tier.names]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"models: the name {twice[0]} is given to two tiers; rename one of the models.")
+        return self
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie: a folder a model, in it one a recipe."""
+        return self.home / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Where engines write."""
+        return self.home / "logs"
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Every tier of every model, best first."""
+        return tuple(
+            Tier(
+                model=model.name,
+                kind=kind,
+                source=Source.parse(model.source, model.revision),
+                recipe=(recipe := find_recipe(model.tiers[kind].recipe or kind.default_recipe)),
+                checkpoint=(self.checkpoints / model.name.replace("/", "--") / recipe.name).absolute(),
+                resources=model.tiers[kind],
+                context_length=model.context_length,
+            )
+            for model in self.models
+            for kind in TierKind
+            if kind in model.tiers
+        )
+
+
+def load_config(path: Path | None, **overrides: Any) -> Config:
+    """The configuration in ``path``, or the embedded model's; overrides that are not None win.
+
+    Raises:
+        ConfigError: one sentence with the file, the field and what is wrong with it.
+    """
+    fields = _read_yaml(path) if path else {}
+    if home := os.environ.get("ASSAY_HOME"):
+        fields.setdefault("home", home)
+    fields |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Config.model_validate(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path or 'configuration'}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        given = "" if first["type"] == "missing" else f" (it is {first['input']!r})"
+        raise ConfigError(f"{path or 'configuration'}: {where}: {first['msg']}{given}.") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"There is no config file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold fields such as `models:`, not a {type(fields).__name__}.")
+    return fields

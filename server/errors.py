@@ -1,0 +1,90 @@
+"""Everything the gateway refuses, each a class with one sentence; OpenAI's error envelope, made in one place."""
+
+from typing import Any
+
+import msgspec
+
+
+class Refusal(Exception):
+    """A request that gets an error instead of an answer."""
+
+    status: int = 400
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go with the answer."""
+        return {}
+
+
+class BodyRefused(Refusal):
+    """The body is not JSON, or lacks a field that routing needs."""
+
+
+class BodyTooLarge(Refusal):
+    """The body is over the configured limit; it was not read to its end."""
+
+    status, code = 413, "request_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than {limit} bytes, the limit of this server.")
+
+
+class ModelNotFound(Refusal):
+    """No tier answers to that name; no other tier ever answers in its place."""
+
+    status, code, param = 404, "model_not_found", "model"
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"The model {name!r} does not exist here. The models are: {', '.join(known)}.")
+
+
+class TierUnavailable(Refusal):
+    """The tier is configured, but its engine is not ready."""
+
+    status, type, code = 503, "server_error", "tier_unavailable"
+
+    def __init__(self, tier: str, state: str, retry_after: int) -> None:
+        super().__init__(f"{tier} cannot answer now, its engine is {state}; try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(self.retry_after)}
+
+
+class EngineFailed(Refusal):
+    """The engine broke while it worked on this request, and is alive again or still."""
+
+    status, type, code = 500, "server_error", "engine_failed"
+
+
+class EngineRefused(Refusal):
+    """The engine itself refuses the request; its own sentence is passed on in the envelope."""
+
+    def __init__(self, status: int, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+    @classmethod
+    def read(cls, status: int, body: bytes) -> "EngineRefused":
+        """What vLLM says of a request it does not take, in any of its shapes."""
+        try:
+            answer: Any = msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            answer = {}
+        error = answer.get("error", answer) if isinstance(answer, dict) else {}
+        if not isinstance(error, dict):
+            error = {"message": str(error)}
+        message = error.get("message") or error.get("detail") or f"The engine refused the request ({status})."
+        param = error.get("param")
+        return cls(status, str(message), param if isinstance(param, str) else None)
+
+
+def envelope(error: Refusal) -> bytes:
+    """The error as OpenAI's clients read it: four fields, ``code`` a string or null."""
+    fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    return msgspec.json.encode({"error": fields})

@@ -1,0 +1,43 @@
+"""/healthz, /readyz and /metrics: what an orchestrator and Prometheus ask."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from server.fleet import Fleet
+from server.metrics import Metrics
+
+
+class Health(BaseModel):
+    """The process lives."""
+
+    status: str = "ok"
+
+
+class Readiness(BaseModel):
+    """Whether every configured tier can answer, and the state of each."""
+
+    ready: bool
+    tiers: dict[str, str]
+
+
+def health_router(fleet: Fleet, metrics: Metrics) -> APIRouter:
+    """The routes of a server's health."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/healthz")
+    async def healthz() -> Health:
+        return Health()
+
+    @router.get("/readyz", responses={503: {"model": Readiness}})
+    async def readyz(response: Response) -> Readiness:
+        if not fleet.is_ready:
+            response.status_code = 503
+        states = {replica.tier.name: replica.state.value for replica in fleet.replicas}
+        return Readiness(ready=fleet.is_ready, tiers=states)
+
+    @router.get("/metrics")
+    async def scrape() -> Response:
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,76 @@
+"""Ties a process tree to the life of whoever started it.
+
+usage: python -m server.launch.tether GRACE_SECONDS COMMAND...
+
+Runs COMMAND and ends with its exit code. When standard input closes (the starter is gone, however it died) or
+SIGTERM comes, COMMAND gets SIGTERM and GRACE_SECONDS to end. In every case, nothing that COMMAND started is
+left when this process ends. Uses the standard library and psutil only: it must start at once.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+
+import psutil
+
+PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h: orphans of the tree become children of this process instead of init's."""
+
+
+class _Released(Exception):
+    """The starter is gone or wants the tree to end."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    grace, command = float(arguments[0]), arguments[1:]
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, _release)
+    threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
+    try:
+        code = child.wait()
+    except _Released:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = _end(child, grace)
+    finally:
+        _kill_what_is_left()
+    return code if code >= 0 else 128 - code
+
+
+def _release(number: int, frame: FrameType | None) -> None:
+    raise _Released
+
+
+def _wait_for_end_of_input() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end(child: subprocess.Popen[bytes], grace: float) -> int:
+    child.terminate()
+    try:
+        return child.wait(grace)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def _kill_what_is_left() -> None:
+    # A killed process's children come to us only after its death: look again until nobody is left.
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(left, timeout=5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""Named steps with their time: live on a terminal, one quiet line for each elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step under way; `detail` says what it is at now."""
+
+    _display: "Progress | None"
+    _task: TaskID | None
+
+    def detail(self, text: str) -> None:
+        """Show what the step is doing; only a terminal does."""
+        if self._display is not None and self._task is not None:
+            self._display.update(self._task, detail=escape(text))
+
+
+class Steps(AbstractContextManager["Steps"]):
+    """The steps of one command. Several may be under way at once."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._display = (
+            Progress(
+                SpinnerColumn(finished_text="[green]✓[/]"),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[detail]}[/]"),
+                console=self.console,
+            )
+            if self.console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> "Steps":
+        if self._display is not None:
+            self._display.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the terminal, leaving the finished steps on it."""
+        if self._display is not None:
+            self._display.stop()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        """Time the block under ``name``; a block that raises is shown as failed."""
+        started = time.monotonic()
+        task = self._display.add_task(escape(name), total=1, detail="") if self._display else None
+        if self._display is None:
+            self.console.print(f"[dim]…[/] {escape(name)}")
+        try:
+            yield Step(self._display, task)
+        except BaseException:
+            self._finish(task, name, started, mark="[red]✗[/]")
+            raise
+        self._finish(task, name, started, mark="[green]✓[/]")
+
+    def _finish(self, task: TaskID | None, name: str, started: float, mark: str) -> None:
+        if self._display is None or task is None:
+            self.console.print(f"{mark} {escape(name)} ({time.monotonic() - started:.1f} s)")
+        elif "red" in mark:
+            self._display.update(task, description=f"{mark} {escape(name)}", detail="failed")
+            self._display.stop_task(task)
+        else:
+            self._display.update(task, completed=1, detail="")

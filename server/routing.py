@@ -1,0 +1,29 @@
+"""Model name → tier → replica. Knows names; knows nothing of HTTP."""
+
+from collections.abc import Iterable
+
+from server.errors import ModelNotFound
+from server.fleet import Replica
+
+
+class Routes:
+    """Every name a caller may use, and the replica behind it. A name that is not here is no tier's."""
+
+    def __init__(self, replicas: Iterable[Replica]) -> None:
+        self._by_name = {name: replica for replica in replicas for name in replica.tier.names}
+
+    @property
+    def names(self) -> list[str]:
+        """All model names, in the order of the config."""
+        return list(self._by_name)
+
+    def resolve(self, name: str) -> Replica:
+        """The replica that answers to ``name``, ready or not.
+
+        Raises:
+            ModelNotFound: nothing is of this name.
+        """
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise ModelNotFound(name, self.names) from None

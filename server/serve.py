@@ -1,0 +1,219 @@
+"""`assay serve`: from a `Config` to a gateway that answers, and back to nothing.
+
+The order is the promise: whatever can be found wrong is found before an engine is started, and whatever was
+started is ended before this returns.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+
+import uvicorn
+
+from server.app import build_app
+from server.checkpoints import Checkpoints
+from server.config import Config
+from server.fleet import Fleet, Replica
+from server.metrics import Metrics
+from server.progress import Steps
+from tiers.engine import Backend, engine_command, installed_backend
+from tiers.errors import AssayError, CheckpointError
+from tiers.placement import check_context, place
+from tiers.tier import Tier
+
+log = logging.getLogger("assay.serve")
+
+LAST_WORDS_S = 5.0
+"""After the engines are gone: for the error events of the streams they broke off to reach their callers."""
+
+
+class PortTaken(AssayError):
+    """The address to listen on cannot be had."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn without signal handlers: signals end the fleet first, which is `serve`'s to decide."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+class Stop:
+    """What a person or an orchestrator has asked for: nothing yet, a drained stop, or one at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and SIGHUP; a second one means at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._ask)
+
+    def _ask(self) -> None:
+        if self.asked.is_set():
+            self.at_once.set()
+        self.asked.set()
+
+
+async def serve(config: Config, steps: Steps, announce: Callable[[Fleet, str], None], *, build: bool) -> None:
+    """Serve until asked to stop. ``announce`` is called once, when every tier can answer.
+
+    Raises:
+        AssayError: one sentence of what is wrong; nothing is left running.
+    """
+    stop = Stop()
+    stop.listen()
+    with listening_socket(config.host, config.port) as listener:
+        backend = installed_backend() if config.backend == "auto" else config.backend
+        fleet_of = asyncio.create_task(_prepare(config, backend, steps, build=build))
+        if not await _unless_asked(stop, fleet_of):
+            return
+        fleet, metrics = fleet_of.result()
+        await _run(config, fleet, metrics, listener, stop, steps, announce)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """The socket the gateway will answer on; taken first, so that a port in use is found before any work.
+
+    Raises:
+        PortTaken: somebody has it, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortTaken(
+            f"{host}:{port} cannot be had ({error.strerror}): stop what uses it or choose another by --port."
+        ) from error
+    return listener
+
+
+async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: bool) -> tuple[Fleet, Metrics]:
+    """Check everything, build what is missing, and lay out the replicas; no engine is started."""
+    tiers = config.tiers
+    for tier in tiers:
+        engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
+    place(tiers, backend)  # before hours of building; what is not built yet counts nothing
+    checkpoints = Checkpoints(config, steps)
+    missing = checkpoints.missing(tiers)
+    if missing and not build:
+        names = ", ".join(tier.name for tier in missing)
+        raise CheckpointError(f"There is no checkpoint for {names} in {config.checkpoints}: run `assay build`.")
+    manifests = await checkpoints.prepare(tiers)
+    metrics = Metrics()
+    locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
+    replicas = [
+        Replica(
+            tier,
+            manifests[tier.name],
+            check_context(tier),
+            backend=backend,
+            logs=config.logs,
+            metrics=metrics,
+            start_timeout_s=config.start_timeout_s,
+            start_locks=_start_locks(tier, backend, locks),
+        )
+        for tier in place(tiers, backend)
+    ]
+    return Fleet(replicas), metrics
+
+
+def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
+    """An engine measures free GPU memory while it starts: those that share a GPU take turns."""
+    if backend == "cpu":
+        return ()
+    return tuple(locks[gpu] for gpu in sorted(tier.resources.gpus))
+
+
+async def _run(
+    config: Config,
+    fleet: Fleet,
+    metrics: Metrics,
+    listener: socket.socket,
+    stop: Stop,
+    steps: Steps,
+    announce: Callable[[Fleet, str], None],
+) -> None:
+    """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
+    server = Server(
+        uvicorn.Config(
+            build_app(config, fleet, metrics),
+            loop="uvloop",
+            http="httptools",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_WORDS_S),
+        )
+    )
+    gateway = asyncio.create_task(server.serve([listener]))
+    async with AsyncExitStack() as ending:
+        ending.push_async_callback(_stop_gateway, server, gateway)
+        ending.push_async_callback(fleet.stop)
+        starting = asyncio.create_task(_start_engines(fleet.replicas, steps))
+        if not await _unless_asked(stop, starting):
+            return
+        fleet.watch()
+        announce(fleet, "http://{}:{}".format(*listener.getsockname()[:2]))
+        await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await _drain(config, fleet, server, stop)
+
+
+async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
+    async def start(replica: Replica) -> None:
+        with steps.step(f"Engine {replica.tier.name}") as step:
+            await replica.start(step.detail)
+
+    starts = [asyncio.create_task(start(replica)) for replica in replicas]
+    try:
+        await asyncio.gather(*starts)
+    finally:
+        for each in starts:
+            each.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+
+
+async def _drain(config: Config, fleet: Fleet, server: Server, stop: Stop) -> None:
+    """Accept nothing new, and let what runs come to its end, for a bounded time."""
+    server.should_exit = True
+    if fleet.running:
+        log.warning("stopping: %d requests may finish within %.0f s", fleet.running, config.drain_timeout_s)
+    draining = asyncio.create_task(fleet.drain(config.drain_timeout_s))
+    at_once = asyncio.create_task(stop.at_once.wait())
+    await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    at_once.cancel()
+    if fleet.running:
+        log.warning("stopping: %d requests are broken off", fleet.running)
+
+
+async def _stop_gateway(server: Server, gateway: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    done, _ = await asyncio.wait({gateway}, timeout=LAST_WORDS_S)
+    if not done:
+        server.force_exit = True
+    await gateway
+
+
+async def _unless_asked(stop: Stop, work: asyncio.Task[object] | asyncio.Task[None]) -> bool:
+    """Wait for ``work``; if a stop is asked for first, cancel it and return False."""
+    asked = asyncio.create_task(stop.asked.wait())
+    await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if work.done():
+        work.result()
+        return True
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    return False

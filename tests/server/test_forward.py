@@ -1,0 +1,216 @@
+"""One request to one engine and back, when the engine, the caller or the network misbehave."""
+
+import asyncio
+import json
+
+import pytest
+from aiohttp import web
+
+from server.fleet import State
+from tests.server.conftest import Answer, Gateway
+
+CHUNK = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+STREAM = b'{"model":"SmolLM2-135M-Instruct","stream":true}'
+
+
+def error_of(answer: Answer) -> dict[str, object]:
+    error: dict[str, object] = json.loads(answer.body)["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+def streams(*parts: bytes, then_cut: bool = False) -> object:
+    """An engine that streams these parts, each in a packet of its own."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+            await asyncio.sleep(0.01)
+        if then_cut:
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    return handler
+
+
+async def test_the_body_reaches_the_engine_byte_for_byte(gateway: Gateway) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"id": "x"})
+
+    gateway.handler = handler
+    body = b'{"model" : "SmolLM2-135M-Instruct",\n "messages":[], "temperature":0.10, "x":"\xc3\xa4"}'
+    answer = await gateway.post(body, headers={"x-request-id": "abc"}, parts=3)
+    assert answer.status == 200
+    assert json.loads(answer.body) == {"id": "x"}
+    assert gateway.bodies == [body]
+    assert gateway.seen[0].headers["x-request-id"] == "abc"
+    assert answer.headers["x-assay-tier"] == "Reference"
+
+
+async def test_events_come_whole_however_they_are_cut(gateway: Gateway) -> None:
+    text = CHUNK * 3 + DONE
+    gateway.handler = streams(*(text[i : i + 7] for i in range(0, len(text), 7)))  # type: ignore[assignment]
+    answer = await gateway.post(STREAM)
+    assert answer.body == text
+    assert answer.ended
+    for message in answer.messages[1:-1]:
+        assert message["body"].endswith(b"\n\n")
+
+
+async def test_a_stream_cut_by_a_dead_engine_ends_with_an_error_event(gateway: Gateway) -> None:
+    gateway.handler = streams(CHUNK, CHUNK[:11], then_cut=True)  # type: ignore[assignment]
+    answer = await gateway.post(STREAM)
+    events = answer.body.split(b"\n\n")
+    assert events[0] + b"\n\n" == CHUNK
+    assert json.loads(events[1].removeprefix(b"data: "))["error"]["code"] == "engine_failed"
+    assert answer.ended
+    assert gateway.metric("assay_streams_broken_total") == 1
+    assert gateway.metric("assay_requests_running") == 0
+
+
+async def test_a_stream_that_ends_without_done_is_an_error(gateway: Gateway) -> None:
+    gateway.handler = streams(CHUNK)  # type: ignore[assignment]
+    assert b"engine_failed" in (await gateway.post(STREAM)).body
+
+
+async def test_the_engines_own_error_event_becomes_ours(gateway: Gateway) -> None:
+    raw = b'data: {"error": {"message": "see stack trace", "code": 500}}\n\n'
+    gateway.handler = streams(CHUNK + raw + DONE)  # type: ignore[assignment]
+    answer = await gateway.post(STREAM)
+    assert answer.body.startswith(CHUNK)
+    assert b"stack trace" not in answer.body
+    assert json.loads(answer.body.split(b"data: ")[-1])["error"]["code"] == "engine_failed"
+
+
+async def test_text_that_looks_like_an_error_event_passes(gateway: Gateway) -> None:
+    text = json.dumps({"choices": [{"delta": {"content": 'data: {"error": 1}\n\ndata: [DONE]\n\n'}}]})
+    event = f"data: {text}\n\n".encode()
+    gateway.handler = streams(event, DONE)  # type: ignore[assignment]
+    assert (await gateway.post(STREAM)).body == event + DONE
+
+
+async def test_a_500_of_a_living_engine_is_a_500(gateway: Gateway) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=500, text="oops")
+
+    gateway.handler = handler
+    answer = await gateway.post()
+    assert answer.status == 500
+    assert error_of(answer)["code"] == "engine_failed"
+    assert gateway.replica.state is State.READY
+
+
+async def test_an_engine_that_is_gone_is_a_503_with_retry_after_and_taken_out(gateway: Gateway) -> None:
+    gateway.replica.connect("http://127.0.0.1:1")
+    answer = await gateway.post()
+    assert answer.status == 503
+    assert error_of(answer)["code"] == "tier_unavailable"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert gateway.replica.state is State.RESTARTING
+    assert gateway.metric("assay_tier_ready") == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error":{"message":"too long","type":"BadRequestError","param":"max_tokens","code":400}}', "too long"),
+        (b'{"detail":"no"}', "no"),
+        (b'{"error":"Unauthorized"}', "Unauthorized"),
+        (b'["odd"]', "The engine refused the request (422)."),
+        (b"<html>", "The engine refused the request (422)."),
+    ],
+)
+async def test_every_shape_of_an_engines_refusal_becomes_one(gateway: Gateway, body: bytes, message: str) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=422, body=body)
+
+    gateway.handler = handler
+    answer = await gateway.post()
+    assert answer.status == 422
+    assert error_of(answer)["message"] == message
+    assert answer.headers["x-assay-tier"] == "Reference"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model":3}',
+        b'{"messages":[]}',
+        b"\xff\xfe",
+        b'{"model":"\xff"}',
+        b'{"model":null}',
+    ],
+)
+async def test_a_body_that_cannot_be_routed_is_400(gateway: Gateway, body: bytes) -> None:
+    answer = await gateway.post(body)
+    assert answer.status == 400
+    assert "cannot be read" in str(error_of(answer)["message"])
+    assert gateway.seen == []
+
+
+async def test_an_oversized_body_is_413_before_its_end(gateway: Gateway) -> None:
+    answer = await gateway.post(b"x" * (1 << 20) + b"xx")
+    assert answer.status == 413
+    assert error_of(answer)["code"] == "request_too_large"
+
+
+async def test_an_unknown_model_is_404_and_never_reaches_an_engine(gateway: Gateway) -> None:
+    answer = await gateway.post(b'{"model":"SmolLM2-135M-Instruct-Turbo"}')
+    assert answer.status == 404
+    assert error_of(answer)["code"] == "model_not_found"
+    assert "x-assay-tier" not in answer.headers
+    assert gateway.seen == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405)]
+)
+async def test_routes_that_do_not_exist_answer_in_the_envelope(
+    gateway: Gateway, method: str, path: str, status: int
+) -> None:
+    answer = await gateway.post(method=method, path=path)
+    assert answer.status == status
+    assert path in str(error_of(answer)["message"])
+
+
+async def test_a_client_that_leaves_stops_the_engine(gateway: Gateway) -> None:
+    stopped, leave = asyncio.Event(), asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        leave.set()
+        while request.transport is not None and not request.transport.is_closing():
+            await asyncio.sleep(0.01)
+        stopped.set()
+        return web.Response()
+
+    gateway.handler = handler
+    answer = await gateway.post(leave_after=leave)
+    await asyncio.wait_for(stopped.wait(), 2)
+    assert answer.messages == []
+    assert gateway.metric("assay_clients_left_total") == 1
+    assert gateway.metric("assay_requests_running") == 0
+
+
+@pytest.mark.parametrize("given", ["", "a b\n\x00<c>", "x" * 5000, "\u00e4\u00f6"])
+async def test_request_ids_are_cleaned_and_bounded(gateway: Gateway, given: str) -> None:
+    answer = await gateway.post(b"{", headers={"x-request-id": given})
+    request_id = answer.headers["x-request-id"]
+    assert 0 < len(request_id) <= 128
+    assert request_id.replace("-", "").isalnum()
+
+
+async def test_not_ready_is_503_and_says_so_in_readyz(gateway: Gateway) -> None:
+    await gateway.replica.stop()
+    assert (await gateway.post()).status == 503
+    ready = await gateway.post(method="GET", path="/readyz")
+    assert ready.status == 503
+    assert json.loads(ready.body)["ready"] is False
+    assert (await gateway.post(method="GET", path="/healthz")).status == 200

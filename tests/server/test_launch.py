@@ -1,0 +1,88 @@
+"""A process tree lives no longer than whoever started it."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from server.launch.local import LocalProcess
+
+TREE = """
+import subprocess, sys, time
+children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
+print("up", *(child.pid for child in children), flush=True)
+{end}
+"""
+WAITS = TREE.format(end="time.sleep(600)")
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITS
+ENDS = TREE.format(end="sys.exit(3)")
+
+
+async def start(script: str, folder: Path) -> tuple[LocalProcess, list[psutil.Process]]:
+    """The script under a tether, and its two children."""
+    process = await LocalProcess.start([sys.executable, "-c", script], {}, folder / "log")
+    while not process.tail().startswith("up"):
+        await asyncio.sleep(0.02)
+    return process, [psutil.Process(int(pid)) for pid in process.tail().split()[1:] if psutil.pid_exists(int(pid))]
+
+
+def none_remains(processes: list[psutil.Process], seconds: float = 5) -> bool:
+    until = time.monotonic() + seconds
+    while any(process.is_running() for process in processes):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+async def test_stopping_ends_the_whole_tree(tmp_path: Path) -> None:
+    process, children = await start(WAITS, tmp_path)
+    assert len(children) == 2
+    await process.stop()
+    assert none_remains(children, 0)
+    await process.stop()
+
+
+async def test_children_of_a_command_that_ended_are_ended(tmp_path: Path) -> None:
+    process, children = await start(ENDS, tmp_path)
+    assert await process.wait() == 3
+    assert none_remains(children, 0)
+
+
+async def test_a_killed_tether_leaves_nothing_once_stopped(tmp_path: Path) -> None:
+    process, children = await start(WAITS, tmp_path)
+    tree = psutil.Process(children[0].ppid())
+    os.kill(tree.ppid(), signal.SIGKILL)
+    await process.wait()
+    await process.stop()
+    assert none_remains([tree, *children])
+
+
+def test_the_tree_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        tether = subprocess.Popen(
+            [sys.executable, "-m", "server.launch.tether", "0.5", sys.executable, "-c", STUBBORN],
+            stdin=subprocess.PIPE,
+            stdout=output,
+        )
+    while not log.read_text().startswith("up"):
+        time.sleep(0.02)
+    children = [psutil.Process(int(pid)) for pid in log.read_text().split()[1:]]
+    assert tether.stdin is not None
+    tether.stdin.close()  # what the kernel does to a killed starter's pipe
+    assert tether.wait(10) == 128 + signal.SIGKILL
+    assert none_remains(children, 0)
+
+
+async def test_the_previous_log_is_kept(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        process = await LocalProcess.start([sys.executable, "-c", f"print('{text}')"], {}, tmp_path / "a.log")
+        await process.wait()
+    assert (tmp_path / "a.log").read_text().strip() == "second"
+    assert (tmp_path / "a.previous.log").read_text().strip() == "first"

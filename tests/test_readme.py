@@ -1,0 +1,50 @@
+"""The README is true: each of its commands is run by a test, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+RUN_BY = {
+    "make serve": "tests/engines/conftest.py::assay",
+    "make test": ".ci/run::make test",
+    "make bench": "tests/engines/test_2_metadata.py::test_the_bench_measures_three_tiers",
+    "curl http://127.0.0.1:8000/v1/chat/completions": (
+        "tests/engines/test_2_metadata.py::test_the_readmes_curl_runs"
+    ),
+    ".venv/bin/assay serve --config deploy/llama-3.1-8b.yaml": (
+        "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
+    ),
+    ".venv/bin/assay build --config deploy/llama-3.1-8b.yaml": (
+        "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
+    ),
+    ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",
+    ".venv/bin/assay --install-completion bash": "tests/server/test_cli.py::test_completion_can_be_installed",
+}
+"""Each command, and what runs it."""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_run_by_a_test(command: str) -> None:
+    (runner,) = [runner for start, runner in RUN_BY.items() if command.startswith(start)]
+    path, name = runner.split("::")
+    assert name in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
+def test_the_files_it_names_exist(path: str) -> None:
+    for name in re.findall(r"`((?:deploy|kernels|server|tiers|tests)/[\w./-]+)`", (ROOT / path).read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def test_no_figure_is_missing() -> None:
+    assert "BENCH_TABLE" not in README

@@ -1,0 +1,188 @@
+"""Source weights to a checkpoint with its manifest. Runs in the quantization environment, one build a process.
+
+``python -m tiers.build REQUEST`` takes a `BuildRequest` as JSON and writes one JSON event a line
+to standard output: what it does, then either ``done`` or the sentence of the error. Everything else that the
+libraries print goes to standard error.
+"""
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from tiers.catalog import ModelShape
+from tiers.errors import AssayError, BuildError
+from tiers.manifest import Calibration, Manifest, describe_files
+from tiers.recipe import Recipe, find_recipe
+from tiers.reference import write_reference
+from tiers.source import Source
+
+PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "safetensors")
+"""Those whose version can change what a build writes."""
+
+if TYPE_CHECKING:
+    from tiers.calibration import CalibrationText
+
+Say = Callable[[str], None]
+
+
+class BuildRequest(BaseModel):
+    """One checkpoint to build: ``reference`` is the folder of the BF16 checkpoint that it is quantized from."""
+
+    model: str
+    recipe: str
+    source: Source
+    target: Path
+    reference: Path | None = None
+
+
+def build(request: BuildRequest, say: Say) -> Manifest:
+    """Build one checkpoint. It appears under its name only when it is whole.
+
+    Raises:
+        AssayError: with the sentence of what is missing, or that the disk is full.
+    """
+    recipe = find_recipe(request.recipe)
+    with _staged(request.target, resumable=request.source.kind == "hub") as folder, _disk_errors(folder):
+        if request.reference is None:
+            provenance = write_reference(request.source, folder, say)
+            recipe_text, calibration, reference = "", None, None
+        else:
+            origin = Manifest.read(request.reference)
+            recipe_text = recipe.text_for(ModelShape.read(request.reference))
+            calibration = _quantize(recipe, recipe_text, request.reference, folder, say)
+            provenance, reference = origin.provenance, origin.digest
+        for file in folder.glob("*.safetensors"):
+            if not file.is_symlink():
+                file.chmod(0o644)  # written for their owner alone; engines may run as another user
+        say("taking digests")
+        manifest = Manifest(
+            model=request.model,
+            recipe=recipe.name,
+            recipe_text=recipe_text,
+            precision=recipe.precision,
+            source=request.source,
+            provenance=provenance,
+            reference=reference,
+            calibration=calibration,
+            versions=_versions(),
+            created=datetime.now(UTC),
+            files=describe_files(folder),
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, say: Say) -> Calibration | None:
+    """Quantize the reference checkpoint into ``folder`` and return what it was calibrated on, if anything."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tiers.calibration import answered_prompts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    say("loading the reference")
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
+    text = None
+    if recipe.needs_calibration:
+        say("the reference answers the calibration prompts")
+        text = answered_prompts(model.to(device), tokenizer)
+        model.to("cpu")  # llm-compressor moves one block at a time to the GPU by itself
+    say(f"quantizing: {recipe.name}")
+    _oneshot(model, recipe_text, text)
+    say("writing safetensors")
+    model.save_pretrained(folder, save_compressed=True)
+    # The reference's own tokenizer files, not a rewritten set: every tier must see the same tokens.
+    for pattern in ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt"):
+        for file in reference.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    return text.entry if text else None
+
+
+def _oneshot(model: object, recipe_text: str, text: "CalibrationText | None") -> None:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    if text is None:
+        oneshot(model=model, recipe=recipe_text)
+        return
+    longest = max(map(len, text.conversations))
+    oneshot(
+        model=model,
+        recipe=recipe_text,
+        dataset=Dataset.from_dict({"input_ids": text.conversations}),
+        max_seq_length=longest,
+        num_calibration_samples=len(text.conversations),
+    )
+
+
+@contextmanager
+def _staged(target: Path, *, resumable: bool) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place at the end; after an error nothing is under that name.
+
+    Parts of a hub download are kept in it, so that the next try goes on from there.
+    """
+    staging = target.with_name(target.name + ".partial")
+    if not resumable:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Say a full disk in a sentence, whichever library met it and however it wrapped it."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left on device" in str(error):
+            free = shutil.disk_usage(folder).free
+            raise BuildError(
+                f"The disk that holds {folder.parent} is full ({free >> 20} MiB free): make room, or set `home` "
+                "in the config to another disk."
+            ) from error
+        raise
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def main() -> int:
+    """Build what the only argument asks for; see the module's docstring."""
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def emit(**event: str) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    request = BuildRequest.model_validate_json(sys.argv[1])
+    try:
+        manifest = build(request, say=lambda text: emit(event="step", text=text))
+    except AssayError as error:
+        emit(event="error", text=str(error))
+        return 1
+    emit(event="done", text=manifest.digest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

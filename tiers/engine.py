@@ -1,0 +1,126 @@
+"""Tier + hardware → the vLLM server that runs it: its arguments and its environment."""
+
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from tiers.errors import ConfigError
+from tiers.tier import Tier
+
+Backend = Literal["cpu", "cuda"]
+
+GIB = 1 << 30
+DEFAULT_CPU_KV_CACHE_GIB = 1.0
+PLUGIN = "assay"
+"""The entry point of the group vllm.general_plugins in pyproject.toml; no other plugin is loaded."""
+LOCK = "tiers.probe.lock.EngineLock"
+
+_OURS = frozenset({
+    "api-key", "disable-uvicorn-access-log", "dtype", "enforce-eager", "gpu-memory-utilization", "host",
+    "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs", "middleware", "model", "port",
+    "served-model-name", "tensor-parallel-size", "tokenizer", "trust-remote-code", "uds",
+})  # fmt: skip
+
+
+_TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
+"""Speed, not meaning: an operator's own setting of these wins."""
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """How to start one engine: ``environment`` is added to the parent's."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def installed_backend() -> Backend:
+    """Which build of vLLM this environment holds.
+
+    Raises:
+        ConfigError: neither is installed.
+    """
+    builds: dict[str, Backend] = {"vllm-cpu": "cpu", "vllm": "cuda"}
+    for distribution, backend in builds.items():
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return backend
+    raise ConfigError("vLLM is not installed in this environment: run `make install`.")
+
+
+def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> EngineCommand:
+    """The command that serves ``tier`` on a loopback port, to nobody but the holder of ``api_key``.
+
+    Raises:
+        ConfigError: ``engine_args`` names an argument that Assay sets itself.
+    """
+    resources = tier.resources
+    options: dict[str, str | int | float | bool] = {
+        "model": str(tier.checkpoint),
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": "bfloat16",
+        "load-format": "safetensors",
+        "middleware": LOCK,
+        "disable-uvicorn-access-log": True,
+        "tensor-parallel-size": len(resources.gpus) if backend == "cuda" else 1,
+    }
+    if tier.context_length is not None:
+        options["max-model-len"] = tier.context_length
+    if resources.max_num_seqs is not None:
+        options["max-num-seqs"] = resources.max_num_seqs
+    kv_cache_gib = resources.kv_cache_gib or (DEFAULT_CPU_KV_CACHE_GIB if backend == "cpu" else None)
+    if kv_cache_gib is not None:
+        options["kv-cache-memory-bytes"] = int(kv_cache_gib * GIB)
+    if backend == "cpu":
+        options["enforce-eager"] = True  # compiling for minutes gains little there
+    elif resources.gpu_memory is not None:
+        options["gpu-memory-utilization"] = resources.gpu_memory
+    further = {name.strip("-").replace("_", "-"): value for name, value in resources.engine_args.items()}
+    taken = sorted(_OURS & further.keys())
+    if taken:
+        raise ConfigError(f"{tier.name}: engine_args may not set {taken[0]}; Assay sets it from its own fields.")
+    options |= further
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    arguments += ["--served-model-name", *tier.names]
+    for name, value in options.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is False:
+            arguments.append(f"--no-{name}")
+        else:
+            arguments += [f"--{name}", str(value)]
+    return EngineCommand(tuple(arguments), _environment(tier, backend, api_key))
+
+
+def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
+    environment = {
+        # In the environment, not in the arguments, which every user of the machine may read.
+        "VLLM_API_KEY": api_key,
+        # Engines talk to themselves over sockets: all of them on loopback.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_PLUGINS": PLUGIN,
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # A checkpoint is complete; anything that asks the hub is a mistake.
+        "HF_HUB_OFFLINE": "1",
+    }
+    if backend == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, tier.resources.gpus))
+    else:
+        # vLLM's own binding puts every engine's threads on the same cores, the first ones of a NUMA node.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Threads that spin while they wait take the cores from the other engines.
+        environment["OMP_WAIT_POLICY"] = "passive"
+        # Ours stands in for it; tiers/probe/fp8_cpu.py says why.
+        environment["VLLM_DISABLED_KERNELS"] = "ChannelWiseTorchFP8ScaledMMLinearKernel"
+        # On CPUs with AMX vLLM quantizes the activations of INT4 layers to INT8 unless told not to:
+        # a W4A16 checkpoint would silently run as W4A8.
+        environment["VLLM_CPU_INT4_W4A8"] = "0"
+    return {
+        name: os.environ.get(name, value) if name in _TUNABLE else value for name, value in environment.items()
+    }

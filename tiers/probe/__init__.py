@@ -1,0 +1,1 @@
+"""The part of Assay that is loaded inside a vLLM engine."""

@@ -1,0 +1,112 @@
+"""Lays the reference checkpoint down: the source's own weights, in BF16. Runs in the quantization environment."""
+
+import importlib.metadata
+import importlib.resources
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tiers.catalog import ModelShape
+from tiers.errors import SourceError
+from tiers.manifest import sha256_of
+from tiers.source import Source
+
+Say = Callable[[str], None]
+
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+"""What is taken from a folder or the hub: safetensors only, never pickles, never code."""
+
+
+def write_reference(source: Source, folder: Path, say: Say) -> str:
+    """Fill ``folder`` with the reference weights of ``source`` and return the sentence of their provenance.
+
+    Raises:
+        SourceError: the source cannot be had or is not a Llama in BF16 or FP16 safetensors.
+    """
+    writers = {"package": _from_package, "hub": _from_hub, "folder": _from_folder}
+    provenance = writers[source.kind](source, folder, say)
+    ModelShape.read(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(f"{source.id} holds no safetensors files; other weight formats are not loaded.")
+    return provenance
+
+
+def _from_package(source: Source, folder: Path, say: Say) -> str:
+    """Write the GGUF file that a Python package carries as a BF16 Hugging Face checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        version = importlib.metadata.version(source.id)
+    except importlib.metadata.PackageNotFoundError:
+        raise SourceError(
+            f"The package {source.id} is not in the quantization environment: run `make install`."
+        ) from None
+    # Its file is read in place; the package itself is never imported, so what it depends on is not needed.
+    files = importlib.metadata.files(source.id) or []
+    gguf = next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
+    if gguf is None or not gguf.is_file():
+        raise SourceError(f"The package {source.id} {version} carries no GGUF file: install it again.")
+    say(f"dequantizing {gguf.name}")
+    where = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    say("writing safetensors")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return (
+        f"Dequantized to BF16 from {gguf.name}, a Q4_1 file (about 5 bits per weight), of the package "
+        f"{source.id} {version} (sha256 {sha256_of(gguf)}). These are not the weights as trained."
+    )
+
+
+def _from_hub(source: Source, folder: Path, say: Say) -> str:
+    """Download a hub revision; an interrupted download goes on where it stopped."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    say(f"downloading {source.id}")
+    try:
+        snapshot_download(source.id, revision=source.revision, local_dir=folder, allow_patterns=list(MODEL_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(
+            f"{source.id} cannot be downloaded from the hub ({reason}): check the id, the network, and, for a "
+            "gated model such as Llama 3.1, that its licence is accepted and HF_TOKEN is set; "
+            "or set source to a local folder."
+        ) from error
+    revision = source.revision or "the default branch"
+    return f"Downloaded from the Hugging Face hub: {source.id} at {revision}, weights as published."
+
+
+def _from_folder(source: Source, folder: Path, say: Say) -> str:
+    """Link to a local folder's files: 800 GB of weights are not copied."""
+    origin = Path(source.id)
+    if not origin.is_dir():
+        raise SourceError(f"The model folder {origin} does not exist: correct `source` in the config.")
+    say(f"linking {origin}")
+    for pattern in MODEL_FILES:
+        for file in sorted(origin.glob(pattern)):
+            _link(file.resolve(), folder / file.name)
+    return f"Weights as found in the local folder {origin}."
+
+
+def _link(target: Path, link: Path) -> None:
+    """A symbolic link to large files; small ones are copied so that later edits there change nothing here."""
+    if target.suffix == ".safetensors":
+        link.symlink_to(target)
+    else:
+        shutil.copyfile(target, link)

@@ -1,0 +1,99 @@
+"""A tier: one model at one precision, the names it answers to, and what it is built from."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tiers.precision import PrecisionName
+from tiers.recipe import Recipe, find_recipe
+from tiers.source import Source
+
+
+class TierKind(StrEnum):
+    """The three grades, best first."""
+
+    REFERENCE = "Reference"
+    TURBO = "Turbo"
+    LITE = "Lite"
+
+    @property
+    def precision(self) -> PrecisionName:
+        """What this grade promises."""
+        promised: dict[TierKind, PrecisionName] = {
+            TierKind.REFERENCE: "bf16",
+            TierKind.TURBO: "fp8",
+            TierKind.LITE: "int4",
+        }
+        return promised[self]
+
+    @property
+    def default_recipe(self) -> str:
+        """The recipe taken when the config names none."""
+        return {"bf16": "bf16", "fp8": "fp8-dynamic", "int4": "w4a16-gptq"}[self.precision]
+
+
+class Resources(BaseModel):
+    """What one engine may use. On the CPU only the KV cache and the limits count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpus: tuple[int, ...] = Field(
+        default=(0,), min_length=1, description="GPU indices; more than one is tensor parallelism over them."
+    )
+    gpu_memory: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="The share of each GPU's memory this engine may take, weights and KV cache together. "
+        "Default: what is left is shared evenly between the tiers on that GPU, up to 0.9.",
+    )
+    kv_cache_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="KV cache in GiB. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
+    )
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, description="How many requests the engine runs at once; vLLM's default if absent."
+    )
+    engine_args: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        description="Further vLLM arguments by their command-line name without dashes in front, "
+        "such as {enable-chunked-prefill: true}. Those that Assay sets itself are refused.",
+    )
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One tier of one model, as configured."""
+
+    model: str
+    kind: TierKind
+    source: Source
+    recipe: Recipe
+    checkpoint: Path
+    resources: Resources
+    context_length: int | None
+
+    @property
+    def name(self) -> str:
+        """The full name: the model and the grade."""
+        return f"{self.model}-{self.kind}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every model name this tier answers to; the reference also owns the plain one."""
+        return (self.model, self.name) if self.kind is TierKind.REFERENCE else (self.name,)
+
+    @property
+    def reference(self) -> "Tier":
+        """The tier whose checkpoint this one is made from, and measured against; itself for the reference."""
+        recipe = find_recipe(TierKind.REFERENCE.default_recipe)
+        checkpoint = self.checkpoint.with_name(recipe.name)
+        return replace(self, kind=TierKind.REFERENCE, recipe=recipe, checkpoint=checkpoint)
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return f"{self.model}-{self.kind}".replace("/", "--").lower()
