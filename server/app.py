@@ -36,6 +36,9 @@ def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
         title="Assay",
         version=importlib.metadata.version("assay"),
         description="One model at several precisions, behind one OpenAI-compatible API.",
+        # Both pages load scripts from somebody else's server; /openapi.json is ours.
+        docs_url=None,
+        redoc_url=None,
     )
     routes = Routes(fleet.replicas)
     body_limit = int(config.body_limit_mib * (1 << 20))

@@ -199,7 +199,7 @@ def _print_welcome(fleet: Fleet, url: str) -> None:
         "model": fleet.replicas[-1].tier.name,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
     }
-    out.print(f"\n[green]ready[/] on {url}; its API is described on {url}/docs. Try:\n", soft_wrap=True)
+    out.print(f"\n[green]ready[/] on {url}. Try:\n")
     curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
     out.print(escape(curl), soft_wrap=True)
 

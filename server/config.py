@@ -72,7 +72,8 @@ class Config(BaseModel):
     host: str = Field(default="127.0.0.1", description="The address the gateway listens on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0 takes a free one.")
     home: Path = Field(
-        default=Path(".assay"), description="Checkpoints and logs; relative to the working directory."
+        default=Path(".assay"),
+        description="Checkpoints and logs; relative to the working directory. ASSAY_HOME overrides it.",
     )
     backend: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where engines run; auto asks which build of vLLM is installed."
@@ -126,14 +127,16 @@ class Config(BaseModel):
 
 
 def load_config(path: Path | None, **overrides: Any) -> Config:
-    """The configuration in ``path``, or the embedded model's; overrides that are not None win.
+    """The configuration in ``path``, or the embedded model's.
+
+    ``ASSAY_HOME`` in the environment and overrides that are not None win over the file.
 
     Raises:
         ConfigError: one sentence with the file, the field and what is wrong with it.
     """
     fields = _read_yaml(path) if path else {}
     if home := os.environ.get("ASSAY_HOME"):
-        fields.setdefault("home", home)
+        fields["home"] = home
     fields |= {name: value for name, value in overrides.items() if value is not None}
     try:
         return Config.model_validate(fields)

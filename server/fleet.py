@@ -140,8 +140,11 @@ class Replica:
             self._metrics.restarts.labels(self.tier.name).inc()
             try:
                 await self.start()
-            except (EngineNotStarted, OSError) as error:
+            except EngineNotStarted as error:
                 log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+            except Exception:
+                # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
+                log.exception("%s: starting the engine failed", self.tier.name)
             else:
                 log.warning("%s: the engine is back", self.tier.name)
 
@@ -202,7 +205,7 @@ class Replica:
                     f"{self.tier.name}: the engine ended while starting ({_reason(process.tail())}); "
                     f"its log is {self._log_file}."
                 )
-            say(process.last_line()[-60:])
+            say(process.last_line().rpartition("] ")[2].strip())
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with self._session.get("/version", timeout=aiohttp.ClientTimeout(total=5)) as answer:
                     if answer.status == 200:

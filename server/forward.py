@@ -34,10 +34,9 @@ class ClientLeft(Exception):
 
 
 class Call(msgspec.Struct):
-    """The few fields of a request body that routing needs."""
+    """What routing needs of a request body; the rest is for the engine to judge."""
 
     model: str
-    stream: bool | None = None
 
 
 class Reply:
@@ -93,7 +92,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
 
 
 def parse_call(body: bytes) -> Call:
-    """The fields that routing needs.
+    """What routing needs.
 
     Raises:
         BodyRefused: not JSON, or ``model`` is missing or not a string.

@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Steps(AbstractContextManager["Steps"]):
         self._display = (
             Progress(
                 SpinnerColumn(finished_text="[green]✓[/]"),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[detail]}[/]"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn(
+                    "[dim]{task.fields[detail]}[/]",
+                    table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+                ),
                 console=self.console,
+                expand=True,
             )
             if self.console.is_terminal
             else None

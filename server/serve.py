@@ -167,6 +167,8 @@ async def _run(
         fleet.watch()
         announce(fleet, "http://{}:{}".format(*listener.getsockname()[:2]))
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if gateway.done():
+            gateway.result()
         await _drain(config, fleet, server, stop)
 
 

@@ -32,7 +32,7 @@ def write_reference(source: Source, folder: Path, say: Say) -> str:
     """Fill ``folder`` with the reference weights of ``source`` and return the sentence of their provenance.
 
     Raises:
-        SourceError: the source cannot be had or is not a Llama in BF16 or FP16 safetensors.
+        SourceError: the source cannot be had, or is not a Llama in safetensors.
     """
     writers = {"package": _from_package, "hub": _from_hub, "folder": _from_folder}
     provenance = writers[source.kind](source, folder, say)

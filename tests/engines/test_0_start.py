@@ -37,6 +37,7 @@ def test_llama_without_the_hub_is_a_sentence(tmp_path: Path, command: list[str])
     assert "meta-llama/Llama-3.1-8B-Instruct cannot be downloaded" in refused.stderr
     assert "HF_TOKEN" in refused.stderr
     assert "Engine" not in refused.stderr
+    assert (tmp_path / "checkpoints").exists()
     assert list(tmp_path.rglob("manifest.json")) == []
 
 
