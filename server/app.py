@@ -1,6 +1,7 @@
 """Builds the ASGI app from a `Config`: the composition root of the gateway."""
 
 import importlib.metadata
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -10,12 +11,14 @@ from starlette.exceptions import HTTPException
 from server.config import Config
 from server.errors import Refusal, envelope
 from server.fleet import Fleet
-from server.forward import Message, Receive, Send
+from server.forward import Message, Receive, Reply, Send
 from server.health import health_router
 from server.metrics import Metrics
 from server.openai import Completions, models_router, request_id_of
 from server.routing import Routes
 from server.tiers_api import tiers_router
+
+log = logging.getLogger("assay.app")
 
 Scope = MutableMapping[str, Any]
 
@@ -28,6 +31,9 @@ class InternalError(Refusal):
     """A mistake of the gateway itself."""
 
     status, type, code = 500, "server_error", "internal_error"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"The gateway made a mistake; its log tells more under {request_id}.")
 
 
 def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
@@ -52,13 +58,12 @@ def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
     app.include_router(health_router(fleet, metrics))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_exception_handler(Exception, _refuse_ourselves)
     app.add_middleware(RequestIds)
     return app
 
 
 class RequestIds:
-    """Pure ASGI middleware: every request has an id, and every answer says it."""
+    """Pure ASGI middleware: every request has an id, and every answer says it, our own mistakes included."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
@@ -70,13 +75,22 @@ class RequestIds:
         request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
         header = (b"x-request-id", request_id.encode())
+        begun = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message["headers"], header]
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s: a mistake of the gateway", request_id)
+            if begun:
+                raise  # the connection is cut, which is all that can still be said
+            await Reply(send_with_id, []).refuse(InternalError(request_id))
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -89,8 +103,3 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = UnknownRoute(f"{request.method} {request.url.path}: {error.detail}.")
     return Response(envelope(refusal), error.status_code, error.headers, media_type="application/json")
-
-
-async def _refuse_ourselves(request: Request, error: Exception) -> Response:
-    refusal = InternalError("The gateway made a mistake; its log has the request id of this answer.")
-    return Response(envelope(refusal), refusal.status, media_type="application/json")

@@ -13,6 +13,7 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape
+from tiers.engine import gpu_environment
 from tiers.errors import BuildError, CheckpointError
 from tiers.manifest import MANIFEST_NAME, Manifest
 from tiers.tier import Tier, TierKind
@@ -21,27 +22,26 @@ from tiers.tier import Tier, TierKind
 class Checkpoints:
     """The checkpoints under one ``home``."""
 
-    def __init__(self, config: Config, steps: Steps) -> None:
+    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True) -> None:
         self._config = config
         self._steps = steps
-
-    def missing(self, tiers: Sequence[Tier]) -> list[Tier]:
-        """Those that have no checkpoint under their name at all."""
-        return [tier for tier in tiers if not (tier.checkpoint / MANIFEST_NAME).exists()]
+        self._may_build = may_build
 
     async def prepare(self, tiers: Sequence[Tier], *, rebuild: bool = False) -> dict[str, Manifest]:
         """The verified manifest of each tier, by its name, after building those that are missing or outdated.
 
         Raises:
-            CheckpointError: a finished checkpoint is damaged; it is not replaced unasked.
+            CheckpointError: a finished checkpoint is damaged; it is not replaced unasked. Or one must be built,
+                this may not build.
             BuildError: a checkpoint cannot be built.
             SourceError: the weights to build from cannot be had.
         """
         asked = {tier.name for tier in tiers}
         manifests: dict[str, Manifest] = {}
         async with self._alone():
-            for tier in _references_first(tiers):
-                reference = None if tier.kind is TierKind.REFERENCE else manifests[tier.reference.name]
+            # A tier that is whole can be served without the reference it was once made from.
+            for tier in _references_first(tiers) if self._may_build else tiers:
+                reference = manifests.get(tier.reference.name)
                 with self._steps.step(f"Checkpoint {tier.name}") as step:
                     manifests[tier.name] = await self._ready(
                         tier, reference, step, rebuild=rebuild and tier.name in asked
@@ -56,17 +56,25 @@ class Checkpoints:
                 await asyncio.to_thread(manifest.verify, tier.checkpoint, lambda n: step.detail(f"verifying {n}"))
                 return manifest
             step.detail("the recipe or source has changed: building again")
-        await self._build(tier, reference is not None, step)
+        if not self._may_build:
+            raise CheckpointError(
+                f"There is no checkpoint for {tier.name} that fits the config in {tier.checkpoint}: "
+                "run `assay build`."
+            )
+        await self._build(tier, step)
         return Manifest.read(tier.checkpoint)
 
     def _is_as_configured(self, tier: Tier, manifest: Manifest, reference: Manifest | None) -> bool:
-        if reference is None:
-            return manifest.source == tier.source
-        text = tier.recipe.text_for(ModelShape.read(tier.reference.checkpoint))
-        return manifest.recipe_text == text and manifest.reference == reference.digest
+        if manifest.source != tier.source:
+            return False
+        if tier.kind is TierKind.REFERENCE:
+            return True
+        same_recipe = manifest.recipe_text == tier.recipe.text_for(ModelShape.read(tier.checkpoint))
+        return same_recipe and (reference is None or manifest.reference == reference.digest)
 
-    async def _build(self, tier: Tier, from_reference: bool, step: Step) -> None:
+    async def _build(self, tier: Tier, step: Step) -> None:
         """Run `tiers.build` in the quantization environment and pass on what it says."""
+        from_reference = tier.kind is not TierKind.REFERENCE
         python = self._config.quantize_python.absolute()
         if not python.exists():
             raise BuildError(
@@ -81,8 +89,8 @@ class Checkpoints:
             "reference": str(tier.reference.checkpoint) if from_reference else None,
         }
         process = await LocalProcess.start(
-            [str(python), "-m", "tiers.build", json.dumps(request)],
-            {"TOKENIZERS_PARALLELISM": "false"},
+            [str(python), "-P", "-m", "tiers.build", json.dumps(request)],
+            {"TOKENIZERS_PARALLELISM": "false"} | gpu_environment(tier),
             self._config.logs / f"build-{tier.slug}.log",
             pipe_output=True,
         )

@@ -91,7 +91,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [name for tier in self.tiers for name in tier.names]
+        # Names of files too: they are compared as the least of file systems would.
+        names = [name.replace("/", "--").lower() for tier in self.tiers for name in tier.names]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"models: the name {twice[0]} is given to two tiers; rename one of the models.")

@@ -17,7 +17,7 @@ from server.errors import TierUnavailable
 from server.launch.local import LocalProcess, free_port
 from server.metrics import Metrics
 from tiers.engine import Backend, engine_command
-from tiers.errors import AssayError
+from tiers.errors import AssayError, CheckpointError
 from tiers.manifest import Manifest
 from tiers.tier import Tier
 
@@ -66,7 +66,6 @@ class Replica:
         self.state = State.STOPPED
         self.engine_version: str | None = None
         self.restarts = 0
-        self.running = 0
         self._backend: Backend = backend
         self._log_file = logs / f"{tier.slug}.log"
         self._metrics = metrics
@@ -75,6 +74,7 @@ class Replica:
         self._process: LocalProcess | None = None
         self._session: aiohttp.ClientSession | None = None
         self._failed = asyncio.Event()
+        self._ends: set[asyncio.Timeout] = set()
         self._last_start_s = GUESSED_START_S
         self._due = 0.0
         metrics.declare(tier.name)
@@ -91,6 +91,7 @@ class Replica:
             await self._start(say)
 
     async def _start(self, say: Callable[[str], None]) -> None:
+        await asyncio.to_thread(self._verify_checkpoint)
         if self.state is not State.RESTARTING:
             self._become(State.STARTING)
         began = time.monotonic()
@@ -140,7 +141,7 @@ class Replica:
             self._metrics.restarts.labels(self.tier.name).inc()
             try:
                 await self.start()
-            except EngineNotStarted as error:
+            except AssayError as error:
                 log.error("%s", error)  # noqa: TRY400  # the sentence says it all
             except Exception:
                 # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
@@ -159,17 +160,26 @@ class Replica:
 
         Raises:
             TierUnavailable: the engine is not ready.
+            TimeoutError: out of the block, when the engine is taken away meanwhile.
         """
         if self.state is not State.READY or self._session is None:
             raise self.unavailable()
         running = self._metrics.running.labels(self.tier.name)
-        self.running += 1
         running.inc()
         try:
-            yield self._session
+            async with asyncio.timeout(None) as end:
+                self._ends.add(end)
+                try:
+                    yield self._session
+                finally:
+                    self._ends.discard(end)
         finally:
-            self.running -= 1
             running.dec()
+
+    @property
+    def running(self) -> int:
+        """Requests that the engine works on now."""
+        return len(self._ends)
 
     def unavailable(self) -> TierUnavailable:
         """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
@@ -192,6 +202,15 @@ class Replica:
             self._become(State.RESTARTING)
             self._failed.set()
         return alive
+
+    def _verify_checkpoint(self) -> None:
+        """An engine loads what its tier says it is made of, at a restart no less than at the start."""
+        if Manifest.read(self.tier.checkpoint).digest != self.manifest.digest:
+            raise CheckpointError(
+                f"{self.tier.name}: the checkpoint in {self.tier.checkpoint} was rebuilt while the server ran: "
+                "restart the server to serve it."
+            )
+        self.manifest.verify(self.tier.checkpoint)
 
     def _become(self, state: State) -> None:
         self.state = state
@@ -244,12 +263,16 @@ class Replica:
             failed.cancel()
 
     async def _end_engine(self) -> None:
-        session, self._session = self._session, None
-        process, self._process = self._process, None
-        if process is not None:
-            await process.stop()
-        if session is not None:
-            await session.close()
+        # First what is still being answered, which so gets its error event, whatever the engine makes of its end.
+        for end in self._ends:
+            end.reschedule(0)
+        # Both are forgotten only once they are gone, so that a second call ends them too.
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+        if self._process is not None:
+            await self._process.stop()
+            self._process = None
 
 
 class Fleet:
@@ -281,7 +304,7 @@ class Fleet:
         return not self.running
 
     async def stop(self) -> None:
-        """End every engine; streams that still run get their error event from the broken connection."""
+        """End every engine; what they still answer gets its error event first."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)

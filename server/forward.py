@@ -114,26 +114,28 @@ async def forward(
     """
     began = time.monotonic()
     headers = {"content-type": "application/json", "x-request-id": request_id}
-    async with replica.slot() as engine:
-        try:
-            async with engine.post(path, data=body, headers=headers) as answer:
-                metrics.first_byte.labels(replica.tier.name).observe(time.monotonic() - began)
-                if answer.status != 200:
-                    await _refuse_like(answer)
-                elif answer.content_type == "text/event-stream":
-                    await reply.begin(200, _STREAM_HEADERS)
-                    await _copy_events(answer.content, reply)
-                else:
-                    await reply.whole(200, await answer.read())
-        except (aiohttp.ClientError, _Broken) as error:
-            log.warning("%s: request %s broke off: %r", replica.tier.name, request_id, error)
-            alive = await replica.is_alive()
-            if reply.status is not None:
-                metrics.broken.labels(replica.tier.name).inc()
-                raise EngineFailed(f"The engine of {replica.tier.name} broke off this answer.") from error
-            if not alive:
-                raise replica.unavailable() from error
-            raise EngineFailed(f"The engine of {replica.tier.name} failed on this request.") from error
+    try:
+        async with (
+            replica.slot() as engine,
+            engine.post(path, data=body, headers=headers) as answer,
+        ):
+            metrics.first_byte.labels(replica.tier.name).observe(time.monotonic() - began)
+            if answer.status != 200:
+                await _refuse_like(answer)
+            elif answer.content_type == "text/event-stream":
+                await reply.begin(200, _STREAM_HEADERS)
+                await _copy_events(answer.content, reply)
+            else:
+                await reply.whole(200, await answer.read())
+    except (aiohttp.ClientError, TimeoutError, _Broken) as error:
+        log.warning("%s: request %s broke off: %r", replica.tier.name, request_id, error)
+        alive = await replica.is_alive()
+        if reply.status is not None:
+            metrics.broken.labels(replica.tier.name).inc()
+            raise EngineFailed(f"The engine of {replica.tier.name} broke off this answer.") from error
+        if not alive:
+            raise replica.unavailable() from error
+        raise EngineFailed(f"The engine of {replica.tier.name} failed on this request.") from error
 
 
 _STREAM_HEADERS: Headers = [

@@ -17,10 +17,11 @@ from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.fleet import Fleet, Replica
+from server.launch.local import GRACE_S
 from server.metrics import Metrics
 from server.progress import Steps
 from tiers.engine import Backend, engine_command, installed_backend
-from tiers.errors import AssayError, CheckpointError
+from tiers.errors import AssayError
 from tiers.placement import check_context, place
 from tiers.tier import Tier
 
@@ -54,6 +55,8 @@ class Stop:
         """Take SIGTERM, SIGINT and SIGHUP; a second one means at once."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # as nohup sets it
             loop.add_signal_handler(number, self._ask)
 
     def _ask(self) -> None:
@@ -90,6 +93,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # at once: until then somebody else could bind it too
     except OSError as error:
         listener.close()
         raise PortTaken(
@@ -104,19 +108,14 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
     place(tiers, backend)  # before hours of building; what is not built yet counts nothing
-    checkpoints = Checkpoints(config, steps)
-    missing = checkpoints.missing(tiers)
-    if missing and not build:
-        names = ", ".join(tier.name for tier in missing)
-        raise CheckpointError(f"There is no checkpoint for {names} in {config.checkpoints}: run `assay build`.")
-    manifests = await checkpoints.prepare(tiers)
+    manifests = await Checkpoints(config, steps, may_build=build).prepare(tiers)
     metrics = Metrics()
     locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
     replicas = [
         Replica(
             tier,
             manifests[tier.name],
-            check_context(tier),
+            check_context(tier, backend),
             backend=backend,
             logs=config.logs,
             metrics=metrics,
@@ -154,7 +153,7 @@ async def _run(
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_WORDS_S),
+            timeout_graceful_shutdown=int(config.drain_timeout_s + GRACE_S + LAST_WORDS_S),
         )
     )
     gateway = asyncio.create_task(server.serve([listener]))
@@ -165,11 +164,16 @@ async def _run(
         if not await _unless_asked(stop, starting):
             return
         fleet.watch()
-        announce(fleet, "http://{}:{}".format(*listener.getsockname()[:2]))
+        announce(fleet, _url_of(listener))
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()
         await _drain(config, fleet, server, stop)
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:

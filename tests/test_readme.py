@@ -22,7 +22,7 @@ RUN_BY = {
         "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
     ),
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",
-    ".venv/bin/assay --install-completion bash": "tests/server/test_cli.py::test_completion_can_be_installed",
+    ".venv/bin/assay --install-completion": "tests/server/test_cli.py::test_completion_can_be_installed",
 }
 """Each command, and what runs it."""
 

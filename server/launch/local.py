@@ -38,6 +38,7 @@ class LocalProcess:
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # not from the working directory, which may hold a `server` of its own
                 "-m",
                 "server.launch.tether",
                 str(GRACE_S),
@@ -70,14 +71,17 @@ class LocalProcess:
         if self._process.returncode is None:
             self._process.terminate()
             await self._process.wait()
-        self._kill_group()
+        # The tether has left nothing, unless somebody killed the tether.
+        while self._kill_group():
+            await asyncio.sleep(0.01)
 
-    def _kill_group(self) -> None:
-        """The tether has done this already, unless somebody killed the tether."""
+    def _kill_group(self) -> bool:
+        """Kill whoever is left of the session's first process group; False once that is nobody."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
-            return
+            return False
+        return True
 
     def last_line(self) -> str:
         """The last thing it logged, for people who wait."""

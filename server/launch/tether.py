@@ -13,43 +13,33 @@ import signal
 import subprocess
 import sys
 import threading
-from types import FrameType
 
 import psutil
 
+POLL_S = 0.1
 PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h: orphans of the tree become children of this process instead of init's."""
-
-
-class _Released(Exception):
-    """The starter is gone or wants the tree to end."""
 
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     grace, command = float(arguments[0]), arguments[1:]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    released = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: released.set())
+    threading.Thread(target=_wait_for_end_of_input, args=(released,), daemon=True).start()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, _release)
-    threading.Thread(target=_wait_for_end_of_input, daemon=True).start()
-    try:
-        code = child.wait()
-    except _Released:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        code = _end(child, grace)
-    finally:
-        _kill_what_is_left()
+    while child.poll() is None and not released.wait(POLL_S):
+        pass
+    code = child.returncode if child.returncode is not None else _end(child, grace)
+    _kill_what_is_left()
     return code if code >= 0 else 128 - code
 
 
-def _release(number: int, frame: FrameType | None) -> None:
-    raise _Released
-
-
-def _wait_for_end_of_input() -> None:
+def _wait_for_end_of_input(released: threading.Event) -> None:
     while os.read(0, 1024):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    released.set()
 
 
 def _end(child: subprocess.Popen[bytes], grace: float) -> int:

@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from tests.engines.conftest import MODEL, ROOT, TIERS, Server, wait_until
+from tiers.engine import installed_backend
 
+on_cpu = pytest.mark.skipif(installed_backend() != "cpu", reason="of vLLM's CPU build")
 pytestmark = pytest.mark.timeout(1200)
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 COUNT: Any = [{"role": "user", "content": "Count from one to one thousand in words."}]
@@ -182,6 +184,7 @@ def test_the_key_of_an_engine_is_not_in_its_arguments(assay: Server) -> None:
     assert api_server.environ()["VLLM_API_KEY"] not in " ".join(api_server.cmdline())
 
 
+@on_cpu
 def test_lite_does_not_quantize_its_activations(assay: Server) -> None:
     """vLLM would, on CPUs with AMX, and W4A16 would be W4A8 without anyone being told."""
     assert assay.engine("Lite")[0].environ()["VLLM_CPU_INT4_W4A8"] == "0"

@@ -103,6 +103,7 @@ def test_a_missing_checkpoint_without_building_is_a_sentence(tmp_path: Path) -> 
     refused = assay("serve", "--no-build", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in refused.stderr
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_missing_quantization_environment_is_a_sentence(here: Here) -> None:
@@ -169,8 +170,8 @@ def test_completion_knows_the_tiers(tmp_path: Path) -> None:
 
 
 def test_completion_can_be_installed(tmp_path: Path) -> None:
-    done = assay("--install-completion", "bash", cwd=tmp_path, HOME=str(tmp_path))
-    assert done.returncode == 0
+    environment = os.environ | {"HOME": str(tmp_path)}
+    subprocess.run(["bash", "-c", f"{ASSAY} --install-completion; exit $?"], env=environment, check=True)
     assert "assay" in (tmp_path / ".bashrc").read_text()
 
 

@@ -207,6 +207,43 @@ async def test_request_ids_are_cleaned_and_bounded(gateway: Gateway, given: str)
     assert request_id.replace("-", "").isalnum()
 
 
+async def test_a_stream_that_is_broken_off_at_the_stop_gets_an_error_event(gateway: Gateway) -> None:
+    begun = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(CHUNK)
+        begun.set()
+        await asyncio.sleep(60)
+        return response
+
+    gateway.handler = handler
+    asking = asyncio.create_task(gateway.post(STREAM))
+    await begun.wait()
+    await asyncio.sleep(0.05)
+    await gateway.replica.stop()
+    answer = await asyncio.wait_for(asking, 5)
+    assert answer.body.startswith(CHUNK)
+    assert b"engine_failed" in answer.body
+    assert answer.ended
+
+
+async def test_a_mistake_of_the_gateway_is_a_500_that_can_be_found_in_the_log(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("server.openai.tier_headers", mistake)
+    answer = await gateway.post(headers={"x-request-id": "find-me"})
+    assert answer.status == 500
+    assert answer.headers["x-request-id"] == "find-me"
+    assert error_of(answer)["code"] == "internal_error"
+    assert "find-me" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_not_ready_is_503_and_says_so_in_readyz(gateway: Gateway) -> None:
     await gateway.replica.stop()
     assert (await gateway.post()).status == 503

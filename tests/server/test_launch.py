@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from server.launch.local import LocalProcess
 
@@ -78,6 +79,38 @@ def test_the_tree_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
     tether.stdin.close()  # what the kernel does to a killed starter's pipe
     assert tether.wait(10) == 128 + signal.SIGKILL
     assert none_remains(children, 0)
+
+
+MANY = WAITS.replace("range(2)", "range(40)")
+
+
+@pytest.mark.parametrize("later", [0, 0.002, 0.005, 0.01])
+async def test_stopping_a_tether_that_cleans_up_does_not_stop_it(tmp_path: Path, later: float) -> None:
+    process, children = await start(MANY, tmp_path)
+    os.kill(children[0].ppid(), signal.SIGKILL)
+    await asyncio.sleep(later)
+    await process.stop()
+    assert none_remains(children, 0)
+
+
+async def test_a_stop_that_is_cut_short_can_be_repeated(tmp_path: Path) -> None:
+    process, children = await start(STUBBORN, tmp_path)
+    stopping = asyncio.create_task(process.stop())
+    await asyncio.sleep(0.05)
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    os.kill(children[0].ppid(), signal.SIGKILL)
+    await process.stop()
+    assert none_remains(children, 0)
+
+
+async def test_a_folder_named_like_ours_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("raise SystemExit('the wrong server')")
+    monkeypatch.chdir(tmp_path)
+    process = await LocalProcess.start([sys.executable, "-c", "print('right')"], {}, tmp_path / "log")
+    assert await process.wait() == 0
+    assert process.tail() == "right"
 
 
 async def test_the_previous_log_is_kept(tmp_path: Path) -> None:

@@ -66,12 +66,48 @@ def test_an_operators_own_thread_binding_wins(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_further_arguments_pass_and_ours_are_refused() -> None:
-    command = engine_command(tier(engine_args={"enable-prefix-caching": False, "swap-space": 2}), "cpu", 1, "k")
+    further = {"enable-prefix-caching": False, "max_num_batched_tokens": 4096, "async-scheduling": True}
+    command = engine_command(tier(engine_args=further), "cpu", 1, "k")
     assert "--no-enable-prefix-caching" in command.arguments
-    assert option(command, "swap-space") == "2"
-    for name in ("model", "api-key", "host", "trust-remote-code", "load-format", "trust_remote_code"):
-        with pytest.raises(ConfigError, match="may not set"):
-            engine_command(tier(engine_args={name: "x"}), "cpu", 1, "k")
+    assert "--async-scheduling" in command.arguments
+    assert option(command, "max-num-batched-tokens") == "4096"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "model",
+            "api-key",
+            "host",
+            "trust-remote-code",
+            "trust_remote_code",
+            "--port",
+            "max-model",
+            "gpu-memory-u",
+        ),
+        *(
+            "gpu-memory-u",
+            "quantization",
+            "kv-cache-dtype",
+            "kv_cache_dt",
+            "hf-overrides",
+            "config",
+            "speculative-config",
+        ),
+    ],
+)
+def test_arguments_that_are_ours_or_change_the_numbers_are_refused(name: str) -> None:
+    """By any spelling that vLLM's parser would take."""
+    with pytest.raises(ConfigError, match="may not set"):
+        engine_command(tier(engine_args={name: "x"}), "cpu", 1, "k")
+
+
+def test_gpus_count_within_those_that_the_operator_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
+    environment = engine_command(tier(gpus=[1]), "cuda", 1, "k").environment
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_the_llama_config_makes_three_engines_on_one_gpu() -> None:

@@ -35,7 +35,7 @@ def three(folder: Path, *resources: Mapping[str, object]) -> tuple[Tier, ...]:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers.placement, "gpu_count", lambda: 2)
+    monkeypatch.setattr(tiers.placement, "gpu_memory", lambda: [24 << 30, 80 << 30])
 
 
 def test_too_little_ram_says_how_much_is_needed(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_tier_on_two_gpus_takes_the_smaller_share(tmp_path: Path) -> None:
     [
         (({"gpus": [2]}, {}, {}), "GPU 2 of .*-Reference does not exist; this machine has 2"),
         (({"gpu_memory": 0.6}, {"gpu_memory": 0.5}, {"gpus": [1]}), r"GPU 0.*adds up to 1\.10"),
-        (({"gpu_memory": 0.9}, {}, {"gpus": [1]}), "leaves nothing over"),
+        (({"gpu_memory": 0.9}, {}, {"gpus": [1]}), "can have together"),
     ],
 )
 def test_what_does_not_fit_a_gpu_is_refused(
@@ -74,15 +74,30 @@ def test_what_does_not_fit_a_gpu_is_refused(
 def test_a_context_beyond_the_model_or_its_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tier = three(tmp_path)[0]
-    assert check_context(tier) == 8192
+    assert check_context(tier, "cpu") == 8192
     with pytest.raises(PlacementError, match="beyond the model's own 8192"):
-        check_context(replace(tier, context_length=9000))
+        check_context(replace(tier, context_length=9000), "cpu")
     with pytest.raises(PlacementError, match="one request of 8192 tokens needs"):
-        check_context(replace(tier, resources=Resources(kv_cache_gib=0.1)))
+        check_context(replace(tier, resources=Resources(kv_cache_gib=0.1)), "cpu")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_weights_and_context_must_fit_into_the_share_of_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(16 << 30)  # sparse: the size of 8B parameters in BF16
+
+    def on(*gpus: int) -> Tier:
+        return replace(three(tmp_path)[0], resources=Resources(gpus=gpus, gpu_memory=0.7))
+
+    assert check_context(on(1), "cuda") == 8192
+    assert check_context(on(0, 1), "cuda") == 8192
+    with pytest.raises(PlacementError, match=r"needs 18\.\d GiB .* its share is 16\.8 GiB"):
+        check_context(on(0), "cuda")
 
 
 @pytest.mark.parametrize("text", ["", "{", json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}), "{}"])
 def test_a_model_that_is_no_llama_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SourceError, match=r"config\.json"):
-        check_context(three(tmp_path)[0])
+        check_context(three(tmp_path)[0], "cpu")
