@@ -14,8 +14,8 @@ import aiohttp
 import msgspec
 
 from server.errors import BodyRefused, BodyTooLarge, EngineFailed, EngineRefused, Refusal, envelope
-from server.fleet import Replica
 from server.metrics import Metrics
+from server.replica import Replica
 
 log = logging.getLogger("assay.forward")
 

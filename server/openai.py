@@ -10,7 +10,6 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from server.errors import Refusal
-from server.fleet import Replica
 from server.forward import (
     ClientLeft,
     Headers,
@@ -23,6 +22,7 @@ from server.forward import (
     while_client_stays,
 )
 from server.metrics import NO_TIER, Metrics
+from server.replica import Replica
 from server.routing import Routes
 
 CLIENT_CLOSED_REQUEST = "499"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from server.errors import ModelNotFound
-from server.fleet import Replica
+from server.replica import Replica
 
 
 class Routes:

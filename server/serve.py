@@ -16,10 +16,11 @@ import uvicorn
 from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
-from server.fleet import Fleet, Replica
+from server.fleet import Fleet
 from server.launch.local import GRACE_S
 from server.metrics import Metrics
 from server.progress import Steps
+from server.replica import Replica
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError
 from tiers.placement import check_context, place

@@ -5,7 +5,8 @@ from datetime import datetime
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from server.fleet import Fleet, Replica
+from server.fleet import Fleet
+from server.replica import Replica
 from server.routing import Routes
 from tiers.manifest import Calibration
 from tiers.precision import Precision

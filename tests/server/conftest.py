@@ -14,8 +14,9 @@ from fastapi import FastAPI
 
 from server.app import build_app
 from server.config import Config
-from server.fleet import Fleet, Replica, State
+from server.fleet import Fleet
 from server.metrics import Metrics
+from server.replica import Replica, State
 from tiers.manifest import Manifest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

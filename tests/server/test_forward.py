@@ -6,8 +6,10 @@ import json
 import pytest
 from aiohttp import web
 
-from server.fleet import State
+from server.replica import State
 from tests.server.conftest import Answer, Gateway
+from tiers.errors import CheckpointError
+from tiers.manifest import describe_files
 
 CHUNK = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -242,6 +244,18 @@ async def test_a_mistake_of_the_gateway_is_a_500_that_can_be_found_in_the_log(
     assert error_of(answer)["code"] == "internal_error"
     assert "find-me" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_engine_is_not_started_again_on_other_weights(gateway: Gateway) -> None:
+    gateway.replica.connect("http://127.0.0.1:1")
+    await gateway.post()
+    folder = gateway.replica.tier.checkpoint
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"others")
+    files = describe_files(folder)
+    gateway.replica.manifest.model_copy(update={"files": files}).write(folder)
+    with pytest.raises(CheckpointError, match="was rebuilt while the server ran"):
+        await gateway.replica.start()
 
 
 async def test_not_ready_is_503_and_says_so_in_readyz(gateway: Gateway) -> None:
