@@ -40,12 +40,16 @@ class Call(msgspec.Struct):
 
 
 class Reply:
-    """The answer to one caller: remembers whether it has begun, for then an error can only be an event."""
+    """The answer to one caller.
+
+    Remembers its status once it has begun, for then an error can only be an event, and when its body began.
+    """
 
     def __init__(self, send: Send, headers: Headers) -> None:
         self._send = send
         self.headers = headers
         self.status: int | None = None
+        self.body_began: float | None = None
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Send the status and all headers."""
@@ -55,6 +59,7 @@ class Reply:
 
     async def send(self, body: bytes, *, more: bool = True) -> None:
         """Send a part of the body; waits while the caller reads more slowly than the engine writes."""
+        self.body_began = self.body_began or time.monotonic()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def whole(self, status: int, body: bytes, headers: Headers | None = None) -> None:
@@ -112,14 +117,12 @@ async def forward(
         Refusal: the tier is not ready, the engine refuses the request, or it broke; when the reply has already
             begun, the refusal is still to be sent, as an event.
     """
-    began = time.monotonic()
     headers = {"content-type": "application/json", "x-request-id": request_id}
     try:
         async with (
             replica.slot() as engine,
             engine.post(path, data=body, headers=headers) as answer,
         ):
-            metrics.first_byte.labels(replica.tier.name).observe(time.monotonic() - began)
             if answer.status != 200:
                 await _refuse_like(answer)
             elif answer.content_type == "text/event-stream":

@@ -14,14 +14,14 @@ class Metrics:
         self.requests = Counter("assay_requests", "Requests answered.", ["tier", "status"], registry=self.registry)
         self.duration = Histogram(
             "assay_request_duration_seconds",
-            "From the request's first byte to the answer's last.",
+            "From the request's headers to the last byte of its answer.",
             ["tier"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.first_byte = Histogram(
             "assay_time_to_first_byte_seconds",
-            "From the request's first byte to the first byte of the engine's answer.",
+            "From the request's headers to the first byte of a good answer's body: a stream's first token.",
             ["tier"],
             buckets=_SECONDS,
             registry=self.registry,

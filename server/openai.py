@@ -49,7 +49,8 @@ class Completions:
             tier = replica.tier.name
             reply.headers += tier_headers(replica)
             request_id = scope["state"]["request_id"]
-            await while_client_stays(receive, self._answer(body, replica, reply, request_id))
+            work = forward(self._path, body, replica, reply, request_id, self._metrics)
+            await while_client_stays(receive, work)
         except Refusal as refusal:
             await reply.refuse(refusal)
         except ClientLeft:
@@ -59,9 +60,8 @@ class Completions:
             status = CLIENT_CLOSED_REQUEST if left else str(reply.status or 500)
             self._metrics.requests.labels(tier, status).inc()
             self._metrics.duration.labels(tier).observe(time.monotonic() - began)
-
-    async def _answer(self, body: bytes, replica: Replica, reply: Reply, request_id: str) -> None:
-        await forward(self._path, body, replica, reply, request_id, self._metrics)
+            if reply.status == 200 and reply.body_began is not None:
+                self._metrics.first_byte.labels(tier).observe(reply.body_began - began)
 
 
 def tier_headers(replica: Replica) -> Headers:

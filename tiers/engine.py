@@ -24,14 +24,12 @@ _OURS = frozenset({
 })  # fmt: skip
 """What Assay sets from its own fields."""
 _MEANING = frozenset({
-    "calculate-kv-scales", "code-revision", "config", "config-format", "dtype", "hf-config-path", "hf-overrides",
+    "calculate-kv-scales", "code-revision", "config", "config-format", "hf-config-path", "hf-overrides",
     "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules", "model-impl", "override-attention-dtype",
     "quantization", "revision", "rope-scaling", "speculative-config", "spec-model", "tokenizer-mode",
     "tokenizer-revision", "worker-cls", "worker-extension-cls",
 })  # fmt: skip
 """What changes which numbers an engine computes: a tier is what its manifest says, and nothing else."""
-
-
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
