@@ -172,6 +172,16 @@ def create(folder: Path) -> None:
         )
 
 
+def installed_backend() -> str | None:
+    """The backend .venv was made for. Only a person who names another has it replaced: a driver that does not
+    answer today is no reason to."""
+    for backend in ("cpu", "cuda"):
+        gateway = environments(backend, dev=False)[0]
+        if gateway.stamped.get("backend") == gateway.wanted["backend"]:
+            return backend
+    return None
+
+
 def detect_backend() -> str:
     """cuda where an NVIDIA driver answers, else cpu."""
     tool = shutil.which("nvidia-smi")
@@ -182,7 +192,10 @@ def detect_backend() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--backend", choices=("cpu", "cuda"), default=None, help="default: cuda if nvidia-smi answers"
+        "--backend",
+        choices=("cpu", "cuda"),
+        default=None,
+        help="default: what is installed, else what the machine has",
     )
     parser.add_argument("--dev", action="store_true", help="also what the tests and linters need")
     parser.add_argument("--gateway-only", action="store_true", help="leave the quantization environment out")
@@ -190,7 +203,7 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036  # runs before anything has checked it
         print(f"assay: Python 3.11 or newer is needed; this is {sys.version.split()[0]}: set PYTHON=python3.x.")
         return 2
-    backend = options.backend or os.environ.get("BACKEND") or detect_backend()
+    backend = options.backend or os.environ.get("BACKEND") or installed_backend() or detect_backend()
     if backend not in ("cpu", "cuda"):
         print(f"assay: BACKEND={backend} is neither cpu nor cuda.")
         return 2

@@ -170,7 +170,7 @@ def _table(*columns: str) -> Table:
 
 def _show(table: Table) -> None:
     """Print every cell whole, however narrow the terminal: names are there to be copied."""
-    out.print(table, width=200, crop=False, soft_wrap=True)
+    Console(highlight=False, width=200).print(table)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

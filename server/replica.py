@@ -13,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
+from server.checkpoints import verify
 from server.errors import TierUnavailable
 from server.launch.local import LocalProcess, free_port
 from server.metrics import Metrics
@@ -92,7 +93,7 @@ class Replica:
 
     async def _start(self, say: Callable[[str], None]) -> None:
         if self.state is State.RESTARTING:
-            await asyncio.to_thread(self._verify_checkpoint)
+            await self._verify_checkpoint()
         if self.state is not State.RESTARTING:
             self._become(State.STARTING)
         began = time.monotonic()
@@ -104,7 +105,8 @@ class Replica:
         self._session = aiohttp.ClientSession(
             f"http://127.0.0.1:{port}",
             headers={"authorization": f"Bearer {key}"},
-            connector=aiohttp.TCPConnector(limit=0),
+            # vLLM closes idle connections after 5 s; a request sent into that would fail.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
             auto_decompress=False,
         )
@@ -204,14 +206,14 @@ class Replica:
             self._failed.set()
         return alive
 
-    def _verify_checkpoint(self) -> None:
+    async def _verify_checkpoint(self) -> None:
         """What was verified before the start may have changed since: a tier is what it says, restarted or not."""
         if Manifest.read(self.tier.checkpoint).digest != self.manifest.digest:
             raise CheckpointError(
                 f"{self.tier.name}: the checkpoint in {self.tier.checkpoint} was rebuilt while the server ran: "
                 "restart the server to serve it."
             )
-        self.manifest.verify(self.tier.checkpoint)
+        await verify(self.manifest, self.tier.checkpoint)
 
     def _become(self, state: State) -> None:
         self.state = state

@@ -102,6 +102,18 @@ def test_cuda_is_taken_where_an_nvidia_driver_answers(
         assert install.detect_backend() == backend
 
 
+def test_a_driver_that_does_not_answer_today_replaces_nothing(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text((SCRIPT.parents[1] / "pyproject.toml").read_text())
+    assert install.installed_backend() is None
+    (tmp_path / ".venv").mkdir()
+    stamp = install.environments("cuda", dev=False)[0].wanted
+    (tmp_path / ".venv" / install.STAMP).write_text(json.dumps(stamp))
+    assert install.installed_backend() == "cuda"
+
+
 def test_a_bad_backend_is_a_sentence() -> None:
     refused = subprocess.run(
         [sys.executable, SCRIPT], env={"BACKEND": "tpu"}, capture_output=True, text=True, check=False

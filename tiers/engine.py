@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -24,12 +25,14 @@ _OURS = frozenset({
 })  # fmt: skip
 """What Assay sets from its own fields."""
 _MEANING = frozenset({
-    "calculate-kv-scales", "code-revision", "config", "config-format", "hf-config-path", "hf-overrides",
-    "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules", "model-impl", "override-attention-dtype",
-    "quantization", "revision", "rope-scaling", "speculative-config", "spec-model", "tokenizer-mode",
-    "tokenizer-revision", "worker-cls", "worker-extension-cls",
+    "calculate-kv-scales", "chat-template", "code-revision", "config", "config-format", "generation-config",
+    "hf-config-path", "hf-overrides", "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules",
+    "model-impl", "override-attention-dtype", "override-generation-config", "quantization", "revision",
+    "rope-scaling", "spec-model", "speculative-config", "tokenizer-mode", "tokenizer-revision", "worker-cls",
+    "worker-extension-cls",
 })  # fmt: skip
 """What changes which numbers an engine computes: a tier is what its manifest says, and nothing else."""
+_ARGUMENT = re.compile(r"[a-z][a-z0-9.-]*")
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
@@ -88,8 +91,9 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         options["gpu-memory-utilization"] = resources.gpu_memory
     further = {name.strip("-").replace("_", "-"): value for name, value in resources.engine_args.items()}
     for name in further:
-        # vLLM's parser takes any unambiguous beginning of a name for the whole.
-        if any(ours.startswith(name) for ours in _OURS | _MEANING):
+        # vLLM's parser takes any unambiguous beginning of a name for the whole, and dots into a JSON value.
+        plain = name.split(".")[0].removeprefix("no-")
+        if not _ARGUMENT.fullmatch(name) or any(ours.startswith(plain) for ours in _OURS | _MEANING):
             raise ConfigError(
                 f"{tier.name}: engine_args may not set {name}; use the tier's own fields for what Assay sets "
                 "itself, and a recipe for what the engine computes."
@@ -103,15 +107,19 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         elif value is False:
             arguments.append(f"--no-{name}")
         else:
-            arguments += [f"--{name}", str(value)]
+            arguments.append(f"--{name}={value}")
     return EngineCommand(tuple(arguments), _environment(tier, backend, api_key))
 
 
 def gpu_environment(tier: Tier) -> dict[str, str]:
     """Shows a process the tier's GPUs only; indices count within those that this process was given itself."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = given.split(",") if given else []
-    chosen = [present[gpu].strip() if gpu < len(present) else str(gpu) for gpu in tier.resources.gpus]
+    if given is None:
+        chosen = [str(gpu) for gpu in tier.resources.gpus]
+    else:
+        # Those beyond are not ours to use; whether all of them exist, tiers/placement.py says.
+        present = given.split(",")
+        chosen = [present[gpu].strip() for gpu in tier.resources.gpus if gpu < len(present)]
     # The order of nvidia-smi, in which people count.
     return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 

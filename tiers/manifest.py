@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +14,7 @@ from tiers.precision import Precision
 from tiers.source import Source
 
 MANIFEST_NAME = "manifest.json"
+_BLOCK = 1 << 22
 SHORT_DIGEST = 12
 """Hex digits of a checkpoint digest that headers and tables show: 48 bits tell any two checkpoints apart."""
 
@@ -101,6 +103,8 @@ class Manifest(BaseModel):
     def verify(self, folder: Path, on_file: Callable[[str], None] = lambda name: None) -> None:
         """Hold every file against its entry: presence and size of all first, then the digests.
 
+        ``on_file`` is called often, with the name of the file at hand; what it raises ends the work.
+
         Raises:
             CheckpointError: names the first file that is missing, extra, or not what it was.
         """
@@ -117,8 +121,7 @@ class Manifest(BaseModel):
         if extra:
             raise CheckpointError(f"{folder / extra[0]} is not in the manifest: remove it, or {remedy}")
         for name, entry in self.files.items():
-            on_file(name)
-            if sha256_of(folder / name) != entry.sha256:
+            if sha256_of(folder / name, partial(on_file, name)) != entry.sha256:
                 raise CheckpointError(f"{folder / name} is damaged, its digest has changed: {remedy}")
 
 
@@ -132,17 +135,17 @@ def files_of(folder: Path) -> set[str]:
     }
 
 
-def describe_files(folder: Path, on_file: Callable[[str], None] = lambda name: None) -> dict[str, FileEntry]:
+def describe_files(folder: Path) -> dict[str, FileEntry]:
     """An entry for every file in ``folder``."""
-    entries = {}
-    for name in sorted(files_of(folder)):
-        on_file(name)
-        path = folder / name
-        entries[name] = FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
-    return entries
+    paths = {name: folder / name for name in sorted(files_of(folder))}
+    return {name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for name, path in paths.items()}
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
+def sha256_of(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of a file, as hex; whatever ``on_block`` raises ends it early."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):
+            on_block()
+            digest.update(block)
+    return digest.hexdigest()

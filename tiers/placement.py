@@ -132,7 +132,9 @@ def gpu_memory() -> list[int]:
     if tool is None:
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    which = ["--id", given] if given else []
+    if given is not None and not given.strip():
+        return []  # none were given to this process
+    which = [f"--id={given}"] if given else []
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits", *which]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return [int(line) << 20 for line in answer.stdout.split() if line.isdigit()]

@@ -121,6 +121,7 @@ def _from_package(source: Source, folder: Path, say: Say) -> Origin:
 
 def _from_hub(source: Source, folder: Path, say: Say) -> Origin:
     """Download a hub revision; an interrupted download goes on where it stopped."""
+    import httpx
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -128,8 +129,8 @@ def _from_hub(source: Source, folder: Path, say: Say) -> Origin:
         commit = HfApi().model_info(source.id, revision=source.revision).sha
         say(f"downloading {source.id} at {commit}")
         snapshot_download(source.id, revision=commit, local_dir=folder, allow_patterns=list(MODEL_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise SourceError(
             f"{source.id} cannot be downloaded from the hub ({reason}): check the id, the network, and, for a "
             "gated model such as Llama 3.1, that its licence is accepted and HF_TOKEN is set; "

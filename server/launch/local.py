@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL; an engine has nothing to save."""
 
@@ -73,15 +75,22 @@ class LocalProcess:
             await self._process.wait()
         # The tether has left nothing, unless somebody killed the tether.
         while self._kill_group():
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
 
     def _kill_group(self) -> bool:
-        """Kill whoever is left of the session's first process group; False once that is nobody."""
+        """Kill whoever is left of the process group that the tether led; False once nobody lives."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return False
-        return True
+        return any(self._is_alive_member(process) for process in psutil.process_iter())
+
+    def _is_alive_member(self, process: psutil.Process) -> bool:
+        # A dead process whose new parent does not collect it stays in the group: it is no reason to wait.
+        try:
+            return os.getpgid(process.pid) == self._process.pid and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            return False
 
     def last_line(self) -> str:
         """The last thing it logged, for people who wait."""

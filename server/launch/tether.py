@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 
@@ -25,21 +26,22 @@ def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     grace, command = float(arguments[0]), arguments[1:]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    released = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: released.set())
+    # A list, not an Event: a signal handler that takes a lock which the main thread holds never returns.
+    released: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: released.append(True))
     threading.Thread(target=_wait_for_end_of_input, args=(released,), daemon=True).start()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    while child.poll() is None and not released.wait(POLL_S):
-        pass
+    while child.poll() is None and not released:
+        time.sleep(POLL_S)
     code = child.returncode if child.returncode is not None else _end(child, grace)
     _kill_what_is_left()
     return code if code >= 0 else 128 - code
 
 
-def _wait_for_end_of_input(released: threading.Event) -> None:
+def _wait_for_end_of_input(released: list[bool]) -> None:
     while os.read(0, 1024):
         pass
-    released.set()
+    released.append(True)
 
 
 def _end(child: subprocess.Popen[bytes], grace: float) -> int:

@@ -199,7 +199,7 @@ def test_the_curl_line_that_serve_prints_works(assay: Server) -> None:
 
 def _engine_port(assay: Server, tier: str) -> int:
     arguments = assay.engine(tier)[0].cmdline()
-    return int(arguments[arguments.index("--port") + 1])
+    return int(next(a for a in arguments if a.startswith("--port=")).partition("=")[2])
 
 
 def _running_in_engine(assay: Server, tier: str) -> float:

@@ -24,7 +24,7 @@ def test_kill_9_of_a_worker_during_a_stream(assay: Server) -> None:
             try:
                 assay.client().chat.completions.create(model=f"{MODEL}-{tier}", messages=MESSAGES, max_tokens=4)
                 answers[tier] += 1
-                time.sleep(0.5)  # leave the new engine something of two cores
+                time.sleep(2)  # leave the new engine something of two cores
             except openai.OpenAIError as error:
                 failures.append((tier, repr(error)))
 

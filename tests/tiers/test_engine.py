@@ -20,7 +20,8 @@ def tier(kind: TierKind = TierKind.LITE, **resources: object) -> Tier:
 
 
 def option(command: EngineCommand, name: str) -> str:
-    return command.arguments[command.arguments.index(f"--{name}") + 1]
+    (found,) = [argument for argument in command.arguments if argument.startswith(f"--{name}=")]
+    return found.partition("=")[2]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
@@ -76,25 +77,24 @@ def test_further_arguments_pass_and_ours_are_refused() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "model",
-            "api-key",
-            "host",
-            "trust-remote-code",
-            "trust_remote_code",
-            "--port",
-            "max-model",
-            "gpu-memory-u",
-        ),
-        *(
-            "gpu-memory-u",
-            "quantization",
-            "kv-cache-dtype",
-            "kv_cache_dt",
-            "hf-overrides",
-            "config",
-            "speculative-config",
-        ),
+        "model",
+        "api-key",
+        "host",
+        "trust-remote-code",
+        "trust_remote_code",
+        "--port",
+        "max-model",
+        "gpu-memory-u",
+        "no-enforce-eager",
+        "quantization",
+        "kv-cache-dtype",
+        "kv_cache_dt",
+        "kv-cache-dtype=fp8",
+        "hf-overrides",
+        "hf-overrides.architectures",
+        "config",
+        "speculative-config",
+        "override-generation-config",
     ],
 )
 def test_arguments_that_are_ours_or_change_the_numbers_are_refused(name: str) -> None:
@@ -108,6 +108,8 @@ def test_gpus_count_within_those_that_the_operator_was_given(monkeypatch: pytest
     environment = engine_command(tier(gpus=[1]), "cuda", 1, "k").environment
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
     assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert engine_command(tier(gpus=[0]), "cuda", 1, "k").environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_llama_config_makes_three_engines_on_one_gpu() -> None:

@@ -66,6 +66,14 @@ def test_any_damage_is_named(folder: Path, damage: Callable[[Path], None]) -> No
         manifest.verify(folder)
 
 
+def test_verifying_can_be_ended(folder: Path) -> None:
+    def stop(name: str) -> None:
+        raise InterruptedError(name)
+
+    with pytest.raises(InterruptedError):
+        Manifest.read(folder).verify(folder, stop)
+
+
 def test_the_digest_is_of_the_files_alone(folder: Path) -> None:
     first = make(folder)
     assert make(folder).digest == first.digest

@@ -10,7 +10,7 @@ import pytest
 import tiers.placement
 from server.config import Config
 from tiers.errors import PlacementError, SourceError
-from tiers.placement import check_context, place
+from tiers.placement import check_context, gpu_memory, place
 from tiers.tier import Resources, Tier
 
 CONFIG = {
@@ -94,6 +94,26 @@ def test_weights_and_context_must_fit_into_the_share_of_the_gpu(tmp_path: Path) 
     assert check_context(on(0, 1), "cuda") == 8192
     with pytest.raises(PlacementError, match=r"needs 18\.\d GiB .* its share is 16\.8 GiB"):
         check_context(on(0), "cuda")
+
+
+@pytest.mark.parametrize(("given", "sizes"), [(None, [24, 80]), ("1", [80]), ("", []), ("7", [])])
+def test_gpus_are_those_that_this_process_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, sizes: list[int]
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("""#!/bin/sh
+case "$*" in
+  *--id=1*) echo 81920 ;;
+  *--id=*) echo "No devices were found"; exit 6 ;;
+  *) echo 24576; echo 81920 ;;
+esac
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [size >> 30 for size in gpu_memory()] == sizes
 
 
 @pytest.mark.parametrize("text", ["", "{", json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}), "{}"])
