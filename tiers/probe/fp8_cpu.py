@@ -1,9 +1,11 @@
 """An FP8 matrix product for CPUs: the same FP8 values, products and sums, held in FP32.
 
-vLLM's own kernel there calls ``torch._scaled_mm`` with per-tensor scales, for which oneDNN has no fast path on
-CPUs without FP8 support (AMX-FP16): it runs a scalar loop, seconds for every token. Each FP8 number is an FP32
-number and each product of two is exact in FP32, so a plain FP32 product computes what W8A8 means: weights and
-activations rounded to FP8, sums in FP32, scales applied once at the end. It costs four bytes a weight.
+vLLM's own kernel there calls ``torch._scaled_mm`` with per-tensor scales. On an AMX CPU without AMX-FP16 oneDNN
+was seen to run its scalar reference loop for that, seconds for every token; others may have a fast path.
+
+Each FP8 number is an FP32 number and each product of two is exact in FP32, so a plain FP32 product computes what
+W8A8 means: weights and activations rounded to FP8, sums in FP32, scales applied once at the end. It costs four
+bytes a weight.
 """
 
 import torch
