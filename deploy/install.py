@@ -1,6 +1,6 @@
 """Makes the two environments: .venv (gateway, vLLM) and .venv-quantize (llm-compressor).
 
-usage: python3 deploy/install.py [--backend cpu|cuda] [--dev] [--gateway-only]
+usage: python3 deploy/install.py [--backend cpu|cuda] [--dev]
 
 Runs with any Python from 3.11 on and nothing else. An environment that an interrupted run left unfinished is
 made again from the start; a finished one whose requirements have not changed is left alone.
@@ -172,9 +172,26 @@ def create(folder: Path) -> None:
         )
 
 
+def choose_backend() -> str:
+    """What is installed, else what the machine has.
+
+    Only a person who names another has an environment replaced: a driver that does not answer today is no reason
+    to. Where the two differ it is said, for nobody should run on the CPU beside an idle GPU without knowing.
+    """
+    installed, detected = installed_backend(), detect_backend()
+    if installed is None:
+        return detected
+    if installed != detected:
+        print(
+            f"assay: .venv holds the {installed} build and this machine looks like {detected}: "
+            f"set BACKEND={detected} to replace it.",
+            file=sys.stderr,
+        )
+    return installed
+
+
 def installed_backend() -> str | None:
-    """The backend .venv was made for. Only a person who names another has it replaced: a driver that does not
-    answer today is no reason to."""
+    """The backend .venv was made for."""
     for backend in ("cpu", "cuda"):
         gateway = environments(backend, dev=False)[0]
         if gateway.stamped.get("backend") == gateway.wanted["backend"]:
@@ -198,18 +215,16 @@ def main() -> int:
         help="default: what is installed, else what the machine has",
     )
     parser.add_argument("--dev", action="store_true", help="also what the tests and linters need")
-    parser.add_argument("--gateway-only", action="store_true", help="leave the quantization environment out")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  # runs before anything has checked it
         print(f"assay: Python 3.11 or newer is needed; this is {sys.version.split()[0]}: set PYTHON=python3.x.")
         return 2
-    backend = options.backend or os.environ.get("BACKEND") or installed_backend() or detect_backend()
+    backend = options.backend or os.environ.get("BACKEND") or choose_backend()
     if backend not in ("cpu", "cuda"):
         print(f"assay: BACKEND={backend} is neither cpu nor cuda.")
         return 2
     sys.path.insert(0, str(ROOT))
-    wanted = environments(backend, dev=options.dev)[: 1 if options.gateway_only else 2]
-    unfinished = [each for each in wanted if not each.is_finished()]
+    unfinished = [each for each in environments(backend, dev=options.dev) if not each.is_finished()]
     if not unfinished:
         return 0
     try:

@@ -94,7 +94,7 @@ class Replica:
     async def _start(self, say: Callable[[str], None]) -> None:
         if self.state is State.RESTARTING:
             await self._verify_checkpoint()
-        if self.state is not State.RESTARTING:
+        else:
             self._become(State.STARTING)
         began = time.monotonic()
         self._due = began + self._last_start_s

@@ -114,6 +114,18 @@ def test_a_driver_that_does_not_answer_today_replaces_nothing(
     assert install.installed_backend() == "cuda"
 
 
+def test_a_gpu_beside_a_cpu_installation_is_said(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "installed_backend", lambda: "cpu")
+    for detected in ("cpu", "cuda"):
+        monkeypatch.setattr(install, "detect_backend", lambda detected=detected: detected)
+        assert install.choose_backend() == "cpu"
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "set BACKEND=cuda to replace it" in shown
+
+
 def test_a_bad_backend_is_a_sentence() -> None:
     refused = subprocess.run(
         [sys.executable, SCRIPT], env={"BACKEND": "tpu"}, capture_output=True, text=True, check=False

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from server.app import build_app
 from server.config import Config
 from server.fleet import Fleet
+from server.launch.local import LocalProcess
 from server.metrics import Metrics
 from server.replica import Replica, State
 from tiers.manifest import Manifest
@@ -28,6 +29,10 @@ class FakeEngineReplica(Replica):
     def connect(self, url: str) -> None:
         self._session = aiohttp.ClientSession(url, auto_decompress=False)
         self._become(State.READY)
+
+    def hold(self, process: LocalProcess) -> None:
+        """Take a process of the test for the engine's."""
+        self._process = process
 
 
 @dataclass

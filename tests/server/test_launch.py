@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from server.launch.local import LocalProcess
+from tests.server.conftest import Gateway
 
 TREE = """
 import subprocess, sys, time
@@ -101,6 +102,19 @@ async def test_a_stop_that_is_cut_short_can_be_repeated(tmp_path: Path) -> None:
     await asyncio.gather(stopping, return_exceptions=True)
     os.kill(children[0].ppid(), signal.SIGKILL)
     await process.stop()
+    assert none_remains(children, 0)
+
+
+async def test_a_replica_whose_stop_is_cut_short_still_has_its_engine(gateway: Gateway, tmp_path: Path) -> None:
+    """As when SIGTERM comes while a keeper is ending an engine: the stop that follows must end it."""
+    process, children = await start(STUBBORN, tmp_path)
+    gateway.replica.hold(process)
+    stopping = asyncio.create_task(gateway.replica.stop())
+    await asyncio.sleep(0.05)
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    os.kill(children[0].ppid(), signal.SIGKILL)  # not to wait for the grace of one that ignores SIGTERM
+    await gateway.replica.stop()
     assert none_remains(children, 0)
 
 
