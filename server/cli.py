@@ -15,6 +15,7 @@ import uvloop
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 import kernels
@@ -23,8 +24,10 @@ from server.config import Config, load_config
 from server.fleet import Fleet
 from server.progress import Steps
 from server.serve import serve as run_server
+from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
-from tiers.manifest import Manifest
+from tiers.manifest import SHORT_DIGEST, Manifest
+from tiers.recipe import recipes
 from tiers.tier import Tier, TierKind
 
 app = typer.Typer(
@@ -99,12 +102,16 @@ def build(
     ] = None,
     config: ConfigOption = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build again even what is whole.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Describe the recipes and build nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build the tiers' checkpoints and verify them, without serving.
 
     Example: assay build Lite --rebuild
     """
+    if list_recipes:
+        _print_recipes(as_json=as_json)
+        return
     _log_to(err)
     settings = load_config(config)
     chosen = _choose(settings, tiers)
@@ -113,9 +120,10 @@ def build(
     if as_json:
         out.print_json(json.dumps({name: _summary(manifest) for name, manifest in manifests.items()}))
         return
-    table = _table("model", "recipe", "size", "checkpoint")
+    table = _table("model", "recipe", "bits per weight", "size", "checkpoint")
     for name, manifest in manifests.items():
-        table.add_row(name, manifest.recipe, f"{manifest.size / 1e6:.0f} MB", manifest.short_digest)
+        bits, size = f"{manifest.bits_per_weight:.2f}", f"{manifest.size / 1e6:.0f} MB"
+        table.add_row(name, manifest.recipe, bits, size, manifest.short_digest)
     _show(table)
 
 
@@ -124,7 +132,7 @@ def tiers(
     url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The running server.")] = "http://127.0.0.1:8000",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the tiers of a running server: precision, checkpoint, state.
+    """Show the tiers of a running server: what each declares, what its engine was seen to compute, its state.
 
     Example: assay tiers --url http://127.0.0.1:8000 --json
     """
@@ -132,18 +140,50 @@ def tiers(
     if as_json:
         out.print_json(json.dumps(answer))
         return
-    table = _table("model", "precision", "recipe", "checkpoint", "context", "state")
+    table = _table("model", "precision", "verified", "recipe", "bits", "checkpoint", "context", "state")
     for tier in answer["data"]:
-        state = tier["state"]
+        state, verified = tier["state"], tier["verified"]
         table.add_row(
             tier["id"],
-            tier["precision"]["name"],
+            tier["precision"],
+            "not yet" if verified is None else "[green]yes[/]" if verified["agrees"] else "[red]no[/]",
             tier["recipe"]["name"],
-            tier["checkpoint"]["digest"][:12],
+            f"{tier['checkpoint']['bits_per_weight']:.2f}",
+            tier["checkpoint"]["digest"][:SHORT_DIGEST],
             str(tier["context_length"]),
             f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
         )
     _show(table)
+    parts = _table("model", "part", "declared", "verified")
+    for tier in answer["data"]:
+        for part in ("weights", "activations", "kv_cache", "attention", "head"):
+            read = (tier["verified"] or {}).get(part)
+            parts.add_row(tier["id"], part, tier["declared"][part]["text"], read["text"] if read else "")
+    out.print()
+    _show(parts)
+    for tier in answer["data"]:
+        for problem in (tier["verified"] or {}).get("disagreements", ()):
+            out.print(f"[red]{tier['id']}[/]: {escape(problem)}", soft_wrap=True)
+
+
+def _print_recipes(*, as_json: bool) -> None:
+    """Each recipe with its paragraph, and whether it can be had on this machine."""
+    backend = installed_backend()
+    if as_json:
+        every = {
+            name: recipe.model_dump(mode="json") | {"not_here": recipe.why_not_on(backend, None)}
+            for name, recipe in recipes().items()
+        }
+        out.print_json(json.dumps(every))
+        return
+    kinds = {kind.precision: kind for kind in TierKind}
+    for name, recipe in recipes().items():
+        kind = kinds[recipe.precision.name]
+        default = ", its default" if name == kind.default_recipe else ""
+        out.print(f"[bold]{name}[/]  [dim]{kind}{default}[/]")
+        out.print(Padding(escape(recipe.summary), (0, 0, 0, 2)))
+        if reason := recipe.why_not_on(backend, None):
+            out.print(Padding(f"[yellow]Not on this machine:[/] {escape(reason)}.", (0, 0, 0, 2)))
 
 
 def _choose(config: Config, names: list[str] | None) -> list[Tier]:

@@ -72,6 +72,12 @@ class ModelShape(BaseModel):
         """The input widths of the linear layers: a quantization group must divide each."""
         return (self.hidden_size, self.num_attention_heads * self.head_dim, self.intermediate_size)
 
+    @property
+    def linear_widths(self) -> tuple[int, ...]:
+        """Input and output widths of the linear layers, each once."""
+        keys = self.num_key_value_heads * self.head_dim
+        return (*self.linear_inputs, keys)
+
     def weight_bytes(self, precision: PrecisionName) -> int:
         """Bytes of all weights at a precision."""
         return int(self.linear_weights * BYTES_PER_WEIGHT[precision]) + self.embedding_weights * 2
