@@ -210,3 +210,21 @@ def _running_in_engine(assay: Server, tier: str) -> float:
     with urllib.request.urlopen(request, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+@pytest.mark.parametrize(("tier", "precision"), [("Reference", "bf16"), ("Turbo", "fp8"), ("Lite", "int4")])
+def test_a_pinned_precision_is_kept_or_refused(assay: Server, tier: str, precision: str) -> None:
+    """Through the official client, in the request's body."""
+
+    def ask(pin: str) -> Any:
+        return assay.client().chat.completions.with_raw_response.create(
+            model=f"{MODEL}-{tier}", messages=QUESTION, max_tokens=2, extra_body={"precision": pin}
+        )
+
+    assert ask(precision).headers["x-assay-precision"] == precision
+    for other in {"bf16", "fp8", "int4"} - {precision}:
+        with pytest.raises(openai.BadRequestError) as refusal:
+            ask(other)
+        assert refusal.value.code == "precision_not_available"
+        assert refusal.value.param == "precision"
+        assert f"{MODEL}-" in refusal.value.message

