@@ -23,7 +23,8 @@ from server.progress import Steps
 from server.replica import Replica
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError
-from tiers.placement import check_context, place
+from tiers.hardware import Machine
+from tiers.placement import place
 from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
@@ -108,22 +109,22 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     tiers = config.tiers
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-    place(tiers, backend)  # before hours of building; what is not built yet counts nothing
+    place(tiers, Machine.here(backend))  # before hours of building
     manifests = await Checkpoints(config, steps, may_build=build).prepare(tiers)
     metrics = Metrics()
     locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
     replicas = [
         Replica(
-            tier,
-            manifests[tier.name],
-            check_context(tier, backend),
+            plan.tier,
+            manifests[plan.name],
+            plan.context_length,
             backend=backend,
             logs=config.logs,
             metrics=metrics,
             start_timeout_s=config.start_timeout_s,
-            start_locks=_start_locks(tier, backend, locks),
+            start_locks=_start_locks(plan.tier, backend, locks),
         )
-        for tier in place(tiers, backend)
+        for plan in place(tiers, Machine.here(backend))
     ]
     return Fleet(replicas), metrics
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiers.errors import ConfigError
+from tiers.hardware import GIB
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
 
-GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 PLUGIN = "assay"
 """The entry point of the group vllm.general_plugins in pyproject.toml; no other plugin is loaded."""
@@ -20,8 +20,9 @@ LOCK = "tiers.probe.lock.EngineLock"
 
 _OURS = frozenset({
     "api-key", "disable-uvicorn-access-log", "dtype", "enforce-eager", "gpu-memory-utilization", "host",
-    "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs", "middleware", "model", "port",
-    "served-model-name", "tensor-parallel-size", "tokenizer", "trust-remote-code", "uds",
+    "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs", "middleware", "model",
+    "pipeline-parallel-size", "port", "served-model-name", "tensor-parallel-size", "tokenizer",
+    "trust-remote-code", "uds",
 })  # fmt: skip
 """What Assay sets from its own fields."""
 _MEANING = frozenset({
@@ -76,7 +77,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         "load-format": "safetensors",
         "middleware": LOCK,
         "disable-uvicorn-access-log": True,
-        "tensor-parallel-size": len(resources.gpus) if backend == "cuda" else 1,
+        "tensor-parallel-size": resources.tensor_parallel if backend == "cuda" else 1,
+        "pipeline-parallel-size": resources.pipeline_parallel if backend == "cuda" else 1,
     }
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length

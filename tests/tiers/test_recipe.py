@@ -64,8 +64,3 @@ def test_every_recipe_is_described_and_leaves_the_head_alone(recipe: object) -> 
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="fp8-dynamic"):
         find_recipe("q4")
-
-
-def test_published_sizes_of_llama_8b() -> None:
-    assert LLAMA_8B.weight_bytes("bf16") == pytest.approx(16.06e9, rel=0.001)
-    assert LLAMA_8B.kv_bytes_per_token == 128 * 1024
