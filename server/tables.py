@@ -41,14 +41,14 @@ def plan_table(plans: Sequence[TierPlan]) -> Table:
 
 
 def _cells(plan: TierPlan) -> tuple[str, ...]:
+    parts = plan.per_device
     return (
         f"{plan.weights_bytes / 1e9:.1f} GB",
         f"{plan.kv_bytes_per_token / KIB:g} KiB",
         str(plan.context_length),
         f"{plan.kv_bytes_full_context / GIB:.1f} GiB",
         _where(plan),
-        *(f"{part / GIB:.1f}" for part in (plan.per_device.weights, plan.per_device.activations, plan.per_device.graphs)),
-        f"{plan.per_device.overhead / GIB:.1f}",
+        *(f"{part / GIB:.1f}" for part in (parts.weights, parts.activations, parts.graphs, parts.overhead)),
         f"{plan.kv_cache_bytes / GIB:.1f} GiB",
         "[red]does not fit[/]" if plan.problem else f"[green]{plan.concurrent_requests}[/]",
     )

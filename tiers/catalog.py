@@ -169,13 +169,21 @@ class Member(BaseModel):
         Raises:
             SourceError: a field differs; the sentence has it, what was found and what was expected.
         """
-        for field in ModelShape.model_fields:
-            is_, expected = getattr(found, field), getattr(self.shape, field)
-            if is_ != expected:
-                raise SourceError(
-                    f"{where / 'config.json'} does not describe {self.name}: {field} is {is_} and the catalog "
-                    f"has {expected}: correct `source` and `revision`, or give the model a name of its own."
-                )
+        for field, is_, expected in _differences(found, self.shape):
+            raise SourceError(
+                f"{where / 'config.json'} does not describe {self.name}: {field} is {is_} and the catalog has "
+                f"{expected}: correct `source` and `revision`, or give the model a name of its own."
+            )
+
+
+def _differences(found: BaseModel, expected: BaseModel) -> Iterator[tuple[str, object, object]]:
+    """Each field in which two models of one class differ, by its path."""
+    for name in type(expected).model_fields:
+        is_, should_be = getattr(found, name), getattr(expected, name)
+        if isinstance(is_, BaseModel) and isinstance(should_be, BaseModel):
+            yield from ((f"{name}.{path}", a, b) for path, a, b in _differences(is_, should_be))
+        elif is_ != should_be:
+            yield name, is_, should_be
 
 
 def _llama(size: str, layers: int, hidden: int, inner: int, heads: int, published: int) -> tuple[Member, Member]:

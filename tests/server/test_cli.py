@@ -13,6 +13,7 @@ import pytest
 import kernels
 from server.cli import main
 from server.launch.local import free_port
+from tests.tiers.test_placement import CONFIG, LLAMA
 
 Here = Callable[..., tuple[int, str, str]]
 ASSAY = str(Path(sys.executable).with_name("assay"))
@@ -55,7 +56,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
 
     folder = home / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "model.safetensors").write_bytes(b"weights")
     Manifest(
         model="SmolLM2-135M-Instruct",
@@ -74,7 +75,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("command", ["serve", "build", "tiers"])
+@pytest.mark.parametrize("command", ["serve", "plan", "build", "tiers"])
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(command, "--help")
     assert code == 0
@@ -147,6 +148,73 @@ def test_an_unknown_tier_is_named_with_those_there_are(here: Here) -> None:
     code, _, err = here("build", "Best")
     assert code == 2
     assert "There is no tier 'Best'" in err
+
+
+def test_a_plan_shows_every_tier_of_a_model_that_is_not_here(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-70B-Instruct", "--gpu", "H100", "--count", "4")
+    assert code == 0
+    assert "70.6 billion parameters, Llama 3.1 Community License" in out
+    assert "On 4 × H100, each tier by itself:" in out
+    (reference,) = [line for line in out.splitlines() if "70B-Instruct-Reference" in line]
+    for cell in ("bf16", "141.1 GB", "320 KiB", "131072", "40.0 GiB", "4 GPUs, tensor 4"):
+        assert cell in reference
+    assert reference.split()[-1] == "3"
+
+
+def test_a_plan_that_does_not_fit_says_what_would_and_exits_with_1(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-405B-Instruct", "--gpu", "H100", "--count", "8")
+    assert code == 1
+    assert "811.7 GB" in out
+    assert "Llama-3.1-405B-Instruct-Reference: each of its 8 GPUs needs 108.8 GiB" in out
+    assert "its share is 71.7 GiB" in out
+    assert "16 × H100 over 2 nodes (tensor 8 × pipeline 2); 8 × H200 (tensor 8)" in out
+
+
+def test_a_plan_over_two_nodes_fits(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-405B-Instruct", "--gpu", "H100", "--nodes", "2")
+    assert code == 0
+    assert "16 GPUs, tensor 8 × pipeline 2" in out
+
+
+def test_a_plan_is_of_the_configs_tiers_together_and_can_be_json(here: Here) -> None:
+    code, out, _ = here("plan", "--config", str(LLAMA), "--gpu", "H100", "--count", "1", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["problems"] == []
+    assert [tier["precision"] for tier in plan["tiers"]] == ["bf16", "fp8", "int4"]
+    assert plan["tiers"][0]["weights_bytes"] == 16_060_522_496
+    assert plan["tiers"][0]["concurrent_requests"] == 3
+    assert plan["tiers"][0]["context_length"] == 32768
+
+
+def test_a_plan_may_ask_for_another_context(here: Here) -> None:
+    code, out, _ = here(
+        "plan", "--config", str(LLAMA), "--gpu", "H100", "--count", "1", "--context", "131072", "--json"
+    )
+    assert code == 1
+    assert {tier["kv_bytes_full_context"] for tier in json.loads(out)["tiers"]} == {16 << 30}
+
+
+def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, _ = here("plan")
+    assert code == 0
+    assert "CPU" in out
+    assert "22.5 KiB" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("Llama-4",), "The catalog has no model 'Llama-4'"),
+        (("Llama-3.1-8B", "--gpu", "V100"), "There is no card 'V100'"),
+        (("--count", "2"), "name it with --gpu"),
+    ],
+)
+def test_a_plan_of_what_nobody_knows_is_a_sentence(here: Here, arguments: tuple[str, ...], sentence: str) -> None:
+    code, _, err = here("plan", *arguments)
+    assert code == 2
+    assert sentence in err
 
 
 def test_no_server_to_ask_is_a_sentence(here: Here) -> None:

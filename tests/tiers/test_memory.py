@@ -1,0 +1,130 @@
+"""Bytes are counted, not guessed: they are those of checkpoints that exist."""
+
+import pytest
+
+from tiers.catalog import Linear, ModelShape, find_member
+from tiers.errors import ConfigError
+from tiers.hardware import find_card
+from tiers.memory import Batch, Degree, activation_bytes, gpu_footprint, kv_bytes_per_token, weights_of
+from tiers.precision import FP8
+from tiers.recipe import RECIPES, Recipe, find_recipe
+from tiers.storage import Storage, kv_cache_bits, stored
+from tiers.tier import Resources
+
+SMOL = find_member("SmolLM2-135M-Instruct").shape
+LLAMA_8B = find_member("Llama-3.1-8B").shape
+LLAMA_405B = find_member("Llama-3.1-405B").shape
+GIB = 1 << 30
+
+
+def recipe(text: str) -> Recipe:
+    return Recipe(name="test", precision=FP8, summary="made by a test", template=text)
+
+
+def modifier(fields: str) -> Recipe:
+    return recipe(f"stage:\n  modifiers:\n    QuantizationModifier: {{{fields}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("bf16", 269_030_016), ("fp8-dynamic", 163_172_736), ("w4a16-gptq", 113_098_656)]
+)
+def test_the_embedded_models_checkpoints_are_counted_to_the_byte(name: str, size: int) -> None:
+    """The sizes are those of the tensors in the checkpoints that llm-compressor 0.14 wrote."""
+    assert weights_of(SMOL, find_recipe(name)).total == size
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("shape", [SMOL, LLAMA_8B], ids=["embedded", "8B"])
+def test_the_size_of_every_recipe_is_known(recipe: Recipe, shape: ModelShape) -> None:
+    weights = weights_of(shape, recipe)
+    assert weights.total <= shape.parameters * 2
+    if recipe.template:
+        assert any(storage for _, storage in stored(recipe, shape))
+        assert weights.total < shape.parameters * 2
+
+
+def test_metas_own_fp8_release_takes_what_vllm_saw() -> None:
+    """57.75 GiB on each of eight GPUs (vllm-project/vllm#6746): feed-forward only, first and last layer in BF16,
+    in the revision that stored 16 KV heads."""
+    released = modifier(
+        "targets: ['re:.*mlp'], scheme: FP8_DYNAMIC, "
+        "ignore: [lm_head, 're:model[.]layers[.]0[.]', 're:model[.]layers[.]125[.]']"
+    )
+    weights = weights_of(LLAMA_405B.model_copy(update={"num_key_value_heads": 16}), released)
+    assert weights.on_one(Degree(8), 126) / GIB == pytest.approx(57.75, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("storage", "size"),
+    [
+        (Storage(8, "tensor"), 256 * 512 + 2),
+        (Storage(8, "channel"), 256 * 512 + 512 * 2),
+        (Storage(8, "block", 128), 256 * 512 + 2 * 4 * 2),
+        (Storage(4, "group", 128), 256 * 512 // 2 + 512 * 2 * 2 + 16),
+        (Storage(4, "group", 32, symmetric=False), 256 * 512 // 2 + 512 * 8 * 2 + 512 * 8 // 2 + 16),
+    ],
+)
+def test_scales_and_zero_points_are_counted(storage: Storage, size: int) -> None:
+    assert storage.bytes_of(Linear("x", inputs=256, outputs=512)) == size
+
+
+def test_groups_of_a_recipe_are_read_with_what_they_leave_alone() -> None:
+    groups = (
+        "ignore: [lm_head, 're:.*self_attn'], config_groups: {g: {targets: [Linear], "
+        "weights: {num_bits: 4, symmetric: false, strategy: group, group_size: 32}}}"
+    )
+    found = dict(stored(modifier(groups), SMOL))
+    kept = {layer.name.split(".")[-1] for layer, storage in found.items() if storage is None}
+    assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {storage for storage in found.values() if storage} == {Storage(4, "group", 32, symmetric=False)}
+
+
+def test_a_quantized_kv_cache_halves_a_token() -> None:
+    quantized = modifier("targets: [Linear], scheme: FP8_DYNAMIC, kv_cache_scheme: {num_bits: 8, type: float}")
+    assert kv_cache_bits(quantized, LLAMA_8B) == 8
+    assert kv_bytes_per_token(LLAMA_8B, quantized) == 64 * 1024
+
+
+def test_an_unknown_format_is_not_guessed() -> None:
+    with pytest.raises(ConfigError, match="scheme NVFP4 is not known"):
+        weights_of(SMOL, modifier("targets: [Linear], scheme: NVFP4"))
+
+
+@pytest.mark.parametrize(
+    ("degree", "kib"),
+    [(Degree(), 504), (Degree(8), 63), (Degree(16), 63), (Degree(8, 2), 31.5)],
+    ids=str,
+)
+def test_kv_heads_are_dealt_out_and_then_repeated(degree: Degree, kib: float) -> None:
+    assert kv_bytes_per_token(LLAMA_405B, find_recipe("bf16"), degree) == kib * 1024
+
+
+@pytest.mark.parametrize(
+    ("card", "tokens", "sequences"),
+    [("B200", 16384, 1024), ("H100", 8192, 1024), ("A100-80GB", 2048, 256), ("L4", 2048, 256)],
+)
+def test_batches_are_vllms_defaults_for_the_card(card: str, tokens: int, sequences: int) -> None:
+    assert Batch.of(Resources(), find_card(card)) == Batch(tokens, sequences)
+
+
+def test_the_config_may_change_the_batch() -> None:
+    resources = Resources(max_num_seqs=7, engine_args={"max_num_batched_tokens": 512})
+    assert Batch.of(resources, None) == Batch(512, 7)
+
+
+def test_activations_are_of_the_larger_of_two_moments() -> None:
+    """8B, 8192 tokens: 64 MiB of hidden states, beside them 128 + 672 MiB, or the logits of 1024 sequences."""
+    mib = 1 << 20
+    assert activation_bytes(LLAMA_8B, Degree(), Batch(8192, 1)) == (64 + 128 + 672) * mib
+    assert activation_bytes(LLAMA_8B, Degree(), Batch(8192, 1024)) == 64 * mib + 1024 * 128256 * 14
+
+
+def test_a_footprint_adds_up_and_shrinks_with_more_gpus() -> None:
+    weights, batch = weights_of(LLAMA_405B, find_recipe("bf16")), Batch(8192, 1024)
+    one, eight, sixteen = (
+        gpu_footprint(LLAMA_405B, find_recipe("bf16"), weights, degree, batch)
+        for degree in (Degree(), Degree(8), Degree(8, 2))
+    )
+    assert one.weights == weights.total == 811_706_777_600
+    assert one.fixed > eight.fixed > sixteen.fixed
+    assert sixteen.fixed == sixteen.weights + sixteen.activations + sixteen.graphs + sixteen.overhead
