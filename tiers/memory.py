@@ -12,6 +12,7 @@ from math import ceil
 from pydantic import BaseModel, ConfigDict
 
 from tiers.catalog import BF16_BYTES, ModelShape
+from tiers.errors import ConfigError
 from tiers.hardware import GIB, MIB, Gpu
 from tiers.recipe import Recipe
 from tiers.storage import kv_cache_bits, stored
@@ -63,6 +64,9 @@ class Batch:
         """vLLM's defaults for a server on this GPU, or on the CPU, and what the config sets instead.
 
         From ``EngineArgs.get_batch_defaults`` of vLLM 0.32.
+
+        Raises:
+            ConfigError: the config's number of tokens is none.
         """
         tokens, sequences = 2048, 256 if gpu else 128
         if gpu and gpu.memory >= 160 * GIB:
@@ -71,6 +75,8 @@ class Batch:
             tokens, sequences = 8192, 1024
         for name, value in resources.engine_args.items():
             if name.strip("-").replace("_", "-") == "max-num-batched-tokens":
+                if not str(value).isdigit():
+                    raise ConfigError(f"engine_args: {name} must be a plain number, and it is {value!r}.")
                 tokens = int(value)
         return cls(tokens, resources.max_num_seqs or sequences)
 

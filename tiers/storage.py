@@ -7,6 +7,7 @@ points, and the weights' shapes beside packed ones; everything that the recipe l
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Any, Literal
 
@@ -83,7 +84,8 @@ def _names(patterns: tuple[str, ...], layer: Linear) -> bool:
     )
 
 
-def stored(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[Linear, Storage | None]]:
+@lru_cache(maxsize=256)
+def stored(recipe: Recipe, shape: ModelShape) -> tuple[tuple[Linear, Storage | None], ...]:
     """Every linear layer of the model with its format; None where it stays BF16.
 
     Raises:
@@ -91,8 +93,10 @@ def stored(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[Linear, Storage 
         ConfigError: the recipe names a format unknown here.
     """
     rules = tuple(_rules(recipe, shape))
-    for layer in shape.linear_layers():
-        yield layer, next((rule.storage for rule in rules if rule.is_for(layer)), None)
+    return tuple(
+        (layer, next((rule.storage for rule in rules if rule.is_for(layer)), None))
+        for layer in shape.linear_layers()
+    )
 
 
 def kv_cache_bits(recipe: Recipe, shape: ModelShape) -> int:

@@ -58,7 +58,7 @@ class Resources(BaseModel):
     kv_cache_gib: float | None = Field(
         default=None,
         gt=0,
-        description="KV cache in GiB. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
+        description="KV cache in GiB, on each GPU. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
     )
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="How many requests the engine runs at once; vLLM's default if absent."

@@ -112,6 +112,11 @@ def test_the_config_may_change_the_batch() -> None:
     assert Batch.of(resources, None) == Batch(512, 7)
 
 
+def test_a_batch_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max-num-batched-tokens must be a plain number, and it is '8k'"):
+        Batch.of(Resources(engine_args={"max-num-batched-tokens": "8k"}), None)
+
+
 def test_activations_are_of_the_larger_of_two_moments() -> None:
     """8B, 8192 tokens: 64 MiB of hidden states, beside them 128 + 672 MiB, or the logits of 1024 sequences."""
     mib = 1 << 20
