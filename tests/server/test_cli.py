@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 import kernels
+import tiers.hardware
 from server.cli import main
 from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
@@ -196,10 +199,11 @@ def test_a_plan_may_ask_for_another_context(here: Here) -> None:
 
 
 def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(tiers.hardware, "present_gpus", tuple)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
     code, out, _ = here("plan")
     assert code == 0
-    assert "CPU" in out
+    assert "CPU, 16.0 GiB of memory free" in out
     assert "22.5 KiB" in out
 
 
