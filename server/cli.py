@@ -23,12 +23,14 @@ from server.config import Config, ModelConfig, load_config
 from server.fleet import Fleet
 from server.progress import Steps
 from server.serve import serve as run_server
-from server.tables import plan_table, show, table
+from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
+from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
 from tiers.manifest import Manifest
 from tiers.placement import alone, together
+from tiers.recipe import recipes
 from tiers.tier import Tier, TierKind
 
 app = typer.Typer(
@@ -169,12 +171,16 @@ def build(
     ] = None,
     config: ConfigOption = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build again even what is whole.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Describe the recipes and build nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build the tiers' checkpoints and verify them, without serving.
 
     Example: assay build Lite --rebuild
     """
+    if list_recipes:
+        _print_recipes(as_json=as_json)
+        return
     _log_to(err)
     settings = load_config(config)
     chosen = _choose(settings, tiers)
@@ -183,9 +189,10 @@ def build(
     if as_json:
         out.print_json(json.dumps({name: _summary(manifest) for name, manifest in manifests.items()}))
         return
-    rows = table("model", "recipe", "size", "checkpoint")
+    rows = table("model", "recipe", "bits per weight", "size", "checkpoint")
     for name, manifest in manifests.items():
-        rows.add_row(name, manifest.recipe, f"{manifest.size / 1e6:.0f} MB", manifest.short_digest)
+        bits, size = f"{manifest.bits_per_weight:.2f}", f"{manifest.size / 1e6:.0f} MB"
+        rows.add_row(name, manifest.recipe, bits, size, manifest.short_digest)
     show(rows)
 
 
@@ -194,7 +201,7 @@ def tiers(
     url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The running server.")] = "http://127.0.0.1:8000",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the tiers of a running server: precision, checkpoint, state.
+    """Show the tiers of a running server: what each declares, what its engine was seen to compute, its state.
 
     Example: assay tiers --url http://127.0.0.1:8000 --json
     """
@@ -202,18 +209,26 @@ def tiers(
     if as_json:
         out.print_json(json.dumps(answer))
         return
-    rows = table("model", "precision", "recipe", "checkpoint", "context", "state")
+    show(tiers_table(answer["data"]))
+    out.print()
+    show(parts_table(answer["data"]))
     for tier in answer["data"]:
-        state = tier["state"]
-        rows.add_row(
-            tier["id"],
-            tier["precision"]["name"],
-            tier["recipe"]["name"],
-            tier["checkpoint"]["digest"][:12],
-            str(tier["context_length"]),
-            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
-        )
-    show(rows)
+        for problem in (tier["verified"] or {}).get("disagreements", ()):
+            out.print(f"[red]{tier['id']}[/]: {escape(problem)}", soft_wrap=True)
+
+
+def _print_recipes(*, as_json: bool) -> None:
+    """Each recipe with its paragraph, and whether it can be had on this machine."""
+    backend = installed_backend()
+    if as_json:
+        every = {
+            name: recipe.model_dump(mode="json") | {"not_here": recipe.why_not_on(backend, None)}
+            for name, recipe in recipes().items()
+        }
+        out.print_json(json.dumps(every))
+        return
+    for paragraph in recipe_paragraphs(backend):
+        out.print(paragraph)
 
 
 def _choose(config: Config, names: list[str] | None) -> list[Tier]:

@@ -20,7 +20,8 @@ from server.fleet import Fleet
 from server.launch.local import GRACE_S
 from server.metrics import Metrics
 from server.progress import Steps
-from server.replica import Replica
+from server.replica import PrecisionRefused, Replica
+from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError
 from tiers.hardware import Machine
@@ -110,8 +111,10 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
     place(tiers, Machine.here(backend))  # before hours of building
-    manifests = await Checkpoints(config, steps, may_build=build).prepare(tiers)
+    checkpoints = Checkpoints(config, steps, may_build=build)
+    manifests = await checkpoints.prepare(tiers)
     metrics = Metrics()
+    turns = _turns(tiers, config.idle_after_s)
     locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
     replicas = [
         Replica(
@@ -119,14 +122,24 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
             manifests[plan.name],
             plan.context_length,
             backend=backend,
+            checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
             start_timeout_s=config.start_timeout_s,
             start_locks=_start_locks(plan.tier, backend, locks),
+            turns=turns.get(plan.name),
         )
         for plan in place(tiers, Machine.here(backend))
     ]
     return Fleet(replicas), metrics
+
+
+def _turns(tiers: Sequence[Tier], idle_after_s: float) -> dict[str, Turns]:
+    """For the tiers that sleep, by name: those that share a GPU, also through others, take turns."""
+    sleepers = [tier for tier in tiers if tier.resources.idle == "sleep"]
+    groups = share([frozenset(tier.resources.gpus) for tier in sleepers])
+    made = {group: Turns(idle_after_s) for group in set(groups)}
+    return {tier.name: made[group] for tier, group in zip(sleepers, groups, strict=True)}
 
 
 def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
@@ -179,13 +192,22 @@ def _url_of(listener: socket.socket) -> str:
 
 
 async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
-    async def start(replica: Replica) -> None:
-        with steps.step(f"Engine {replica.tier.name}") as step:
-            await replica.start(step.detail)
+    """Start all at once. A tier that is refused stays out, and the others are served; none is no server."""
+
+    async def start(replica: Replica) -> PrecisionRefused | None:
+        try:
+            with steps.step(f"Engine {replica.tier.name}") as step:
+                await replica.start(step.detail)
+        except PrecisionRefused as refusal:
+            log.error("%s", refusal)  # noqa: TRY400  # the sentence says it all
+            return refusal
+        return None
 
     starts = [asyncio.create_task(start(replica)) for replica in replicas]
     try:
-        await asyncio.gather(*starts)
+        refusals = await asyncio.gather(*starts)
+        if all(refusals) and refusals[0] is not None:
+            raise refusals[0]
     finally:
         for each in starts:
             each.cancel()

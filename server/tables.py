@@ -1,12 +1,18 @@
-"""Tables for the terminal: every cell whole, numbers in the units people compare."""
+"""What the command line shows: tables with every cell whole, numbers in the units people compare."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from tiers.hardware import GIB
+from tiers.manifest import SHORT_DIGEST
 from tiers.plan import TierPlan
+from tiers.recipe import recipes
+from tiers.tier import TierKind
 
 KIB = 1 << 10
 WIDE = 200
@@ -24,6 +30,46 @@ def table(*columns: str) -> Table:
 def show(rows: Table) -> None:
     """Print it."""
     Console(highlight=False, width=WIDE).print(rows)
+
+
+def tiers_table(tiers: Sequence[dict[str, Any]]) -> Table:
+    """The tiers of a running server, as its ``/v1/tiers`` tells them."""
+    made = table("model", "precision", "verified", "recipe", "bits", "checkpoint", "context", "state")
+    for tier in tiers:
+        state, verified = tier["state"], tier["verified"]
+        made.add_row(
+            tier["id"],
+            tier["precision"],
+            "not yet" if verified is None else "[green]yes[/]" if verified["agrees"] else "[red]no[/]",
+            tier["recipe"]["name"],
+            f"{tier['checkpoint']['bits_per_weight']:.2f}",
+            tier["checkpoint"]["digest"][:SHORT_DIGEST],
+            str(tier["context_length"]),
+            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
+        )
+    return made
+
+
+def parts_table(tiers: Sequence[dict[str, Any]]) -> Table:
+    """What each tier declares, part by part, beside what its engine was seen to compute."""
+    made = table("model", "part", "declared", "verified")
+    for tier in tiers:
+        for part in ("weights", "activations", "kv_cache", "attention", "head"):
+            read = (tier["verified"] or {}).get(part)
+            made.add_row(tier["id"], part, tier["declared"][part]["text"], read["text"] if read else "")
+    return made
+
+
+def recipe_paragraphs(backend: str) -> Iterator[RenderableType]:
+    """Each recipe with its summary, and whether it can be had on this machine."""
+    kinds = {kind.precision: kind for kind in TierKind}
+    for name, recipe in recipes().items():
+        kind = kinds[recipe.precision.name]
+        default = ", its default" if name == kind.default_recipe else ""
+        yield f"[bold]{name}[/]  [dim]{kind}{default}[/]"
+        yield Padding(escape(recipe.summary), (0, 0, 0, 2))
+        if reason := recipe.why_not_on(backend, None):
+            yield Padding(f"[yellow]Not on this machine:[/] {escape(reason)}.", (0, 0, 0, 2))
 
 
 def plan_table(plans: Sequence[TierPlan]) -> Table:

@@ -145,6 +145,12 @@ class ModelShape(BaseModel):
         return (self.hidden_size, self.num_attention_heads * self.head_dim, self.intermediate_size)
 
     @property
+    def linear_widths(self) -> tuple[int, ...]:
+        """Input and output widths of the linear layers, each once."""
+        keys = self.num_key_value_heads * self.head_dim
+        return (*self.linear_inputs, keys)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of BF16 keys and values that one token of context holds."""
         return 2 * BF16_BYTES * self.num_hidden_layers * self.num_key_value_heads * self.head_dim

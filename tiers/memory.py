@@ -15,7 +15,7 @@ from tiers.catalog import BF16_BYTES, ModelShape
 from tiers.errors import ConfigError
 from tiers.hardware import GIB, MIB, Gpu
 from tiers.recipe import Recipe
-from tiers.storage import kv_cache_bits, stored
+from tiers.storage import bits, bytes_of, stored
 from tiers.tier import Resources
 
 CPU_ENGINE_OVERHEAD = int(1.7 * GIB)
@@ -111,12 +111,11 @@ def weights_of(shape: ModelShape, recipe: Recipe) -> Weights:
 
     Raises:
         BuildError: the recipe does not fit the shape.
-        ConfigError: the recipe names a format whose size is not known.
     """
     blocks, fp8 = shape.norm_weights * BF16_BYTES, 0
-    for layer, storage in stored(recipe, shape):
-        blocks += storage.bytes_of(layer) if storage else layer.inputs * layer.outputs * BF16_BYTES
-        fp8 += layer.inputs * layer.outputs if storage and storage.bits == 8 else 0
+    for layer, weights in stored(recipe, shape):
+        blocks += bytes_of(layer, weights)
+        fp8 += layer.inputs * layer.outputs if bits(weights) == 8 else 0
     embedding = shape.vocab_size * shape.hidden_size * BF16_BYTES
     return Weights(blocks, embedding, 0 if shape.tie_word_embeddings else embedding, fp8)
 
@@ -148,7 +147,7 @@ def kv_bytes_per_token(shape: ModelShape, recipe: Recipe, degree: Degree | None 
 
     A GPU holds at least one KV head: with more of them than heads, heads are repeated.
     """
-    number = kv_cache_bits(recipe, shape) // 8
+    number = bits(recipe.precision.kv_cache) // 8
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
     if degree is not None:
         layers, heads = ceil(layers / degree.pipeline), max(1, heads // degree.tensor)

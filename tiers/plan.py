@@ -142,10 +142,10 @@ def indivisible(tier: Tier, shape: ModelShape, tensor: int) -> str | None:
         return f"{kv_heads} KV heads can be neither dealt out to {tensor} GPUs nor repeated on them"
     if inner % tensor:
         return f"feed-forward layers of width {inner} cannot be cut for {tensor} GPUs"
-    for layer, storage in stored(tier.recipe, shape):
+    for layer, weights in stored(tier.recipe, shape):
         # Only these two are cut along their inputs, which the groups run over.
-        if layer.name.endswith(("o_proj", "down_proj")) and storage and layer.inputs // tensor % storage.unit:
-            return f"groups of {storage.unit} do not divide a part of {layer.name} on each of {tensor} GPUs"
+        if layer.name.endswith(("o_proj", "down_proj")) and layer.inputs // tensor % (weights.size or 1):
+            return f"groups of {weights.size} do not divide a part of {layer.name} on each of {tensor} GPUs"
     return None
 
 
@@ -193,6 +193,17 @@ def _plan(
     )
 
 
+def _unsuitable(tier: Tier, gpus: Sequence[Gpu]) -> str | None:
+    """Why this hardware would not compute what the recipe promises."""
+    if not gpus:
+        reason = tier.recipe.why_not_on("cpu", None)
+        return f"{tier.recipe.name} is not for CPUs: {reason}." if reason else None
+    oldest = min(gpus, key=lambda gpu: gpu.capability)
+    major, minor = oldest.capability
+    reason = tier.recipe.why_not_on("cuda", float(f"{major}.{minor}"))
+    return f"{tier.recipe.name} is not for {oldest.name}: {reason}." if reason else None
+
+
 class _Problem(NamedTuple):
     sentence: str
     wants_more: bool = False
@@ -213,13 +224,8 @@ def _problem(
         return _Problem(f"context_length {context} is beyond the model's own {shape.max_position_embeddings}.")
     if reason := indivisible(tier, shape, degree.tensor):
         return _Problem(f"{reason}: choose another number of gpus.")
-    if tier.recipe.precision.name == "fp8" and (old := [gpu for gpu in gpus if not gpu.has_fp8]):
-        capability = ".".join(map(str, old[0].capability))
-        return _Problem(
-            f"{old[0].name} has compute capability {capability} and FP8 units come with 8.9 (Ada, Hopper): "
-            "activations would not be FP8, and the tier not what it promises.",
-            wants_more=True,
-        )
+    if reason := _unsuitable(tier, gpus):
+        return _Problem(reason, wants_more=True)
     request = each.kv_bytes(context)
     if kv_cache_gib is not None and request > kv_cache_gib * GIB:
         return _Problem(

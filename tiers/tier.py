@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,6 +62,11 @@ class Resources(BaseModel):
     )
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="How many requests the engine runs at once; vLLM's default if absent."
+    )
+    idle: Literal["stay", "sleep"] = Field(
+        default="stay",
+        description="sleep gives the GPU's memory back while no request comes and takes it again for the next. "
+        "Of tiers on one GPU that sleep, one is awake at a time, and each may use the memory of all.",
     )
     engine_args: dict[str, str | int | float | bool] = Field(
         default_factory=dict,

@@ -156,7 +156,7 @@ def measure(url: str, model: str | None, *, quick: bool) -> list[dict[str, Any]]
         table.append(
             {
                 "tier": tier["tier"],
-                "precision": tier["precision"]["name"],
+                "precision": tier["precision"],
                 "size_mb": tier["checkpoint"]["size_bytes"] / 1e6,
                 "first_token_ms": first_ms,
                 "tokens_per_s": alone,

@@ -78,7 +78,7 @@ def test_every_answer_says_what_answered(assay: Server, tier: str, stream: bool)
     )
     listed = assay.get(f"/v1/tiers/{MODEL}-{tier}")
     assert raw.headers["x-assay-tier"] == tier
-    assert raw.headers["x-assay-precision"] == listed["precision"]["name"]
+    assert raw.headers["x-assay-precision"] == listed["precision"]
     assert raw.headers["x-assay-checkpoint"] == listed["checkpoint"]["digest"][:12]
     assert raw.headers["x-request-id"] == "caller-7"
 

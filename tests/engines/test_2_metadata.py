@@ -42,7 +42,7 @@ def test_a_tier_says_what_it_is_made_of(assay: Server, tier: str) -> None:
     manifest.verify(folder)
     assert info["checkpoint"]["digest"] == manifest.digest
     assert info["tier"] == tier
-    assert info["precision"]["name"] == PRECISIONS[tier]
+    assert info["precision"] == PRECISIONS[tier]
     assert info["state"] == "ready"
     assert info["context_length"] == 2048
     assert info["engine"] == {"name": "vllm", "version": importlib.metadata.version(VLLM)}

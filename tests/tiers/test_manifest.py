@@ -8,7 +8,7 @@ import pytest
 
 from tiers.errors import CheckpointError
 from tiers.manifest import Manifest, describe_files
-from tiers.precision import INT4
+from tiers.precision import int4
 from tiers.source import Source
 
 
@@ -25,7 +25,9 @@ def make(folder: Path) -> Manifest:
         model="M",
         recipe="w4a16-gptq",
         recipe_text="text",
-        precision=INT4,
+        precision=int4(64),
+        seed=1,
+        bits_per_weight=4.25,
         source=Source.parse("./m"),
         provenance="p",
         versions={"torch": "1"},

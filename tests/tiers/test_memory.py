@@ -6,23 +6,15 @@ from tiers.catalog import Linear, ModelShape, find_member
 from tiers.errors import ConfigError
 from tiers.hardware import find_card
 from tiers.memory import Batch, Degree, activation_bytes, gpu_footprint, kv_bytes_per_token, weights_of
-from tiers.precision import FP8
-from tiers.recipe import RECIPES, Recipe, find_recipe
-from tiers.storage import Storage, kv_cache_bits, stored
+from tiers.precision import NumberFormat
+from tiers.recipe import Recipe, find_recipe, recipes
+from tiers.storage import bytes_of, stored
 from tiers.tier import Resources
 
 SMOL = find_member("SmolLM2-135M-Instruct").shape
 LLAMA_8B = find_member("Llama-3.1-8B").shape
 LLAMA_405B = find_member("Llama-3.1-405B").shape
 GIB = 1 << 30
-
-
-def recipe(text: str) -> Recipe:
-    return Recipe(name="test", precision=FP8, summary="made by a test", template=text)
-
-
-def modifier(fields: str) -> Recipe:
-    return recipe(f"stage:\n  modifiers:\n    QuantizationModifier: {{{fields}}}\n")
 
 
 @pytest.mark.parametrize(
@@ -33,61 +25,51 @@ def test_the_embedded_models_checkpoints_are_counted_to_the_byte(name: str, size
     assert weights_of(SMOL, find_recipe(name)).total == size
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
-@pytest.mark.parametrize("shape", [SMOL, LLAMA_8B], ids=["embedded", "8B"])
+@pytest.mark.parametrize("recipe", recipes().values(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_405B], ids=["8B", "405B"])
 def test_the_size_of_every_recipe_is_known(recipe: Recipe, shape: ModelShape) -> None:
     weights = weights_of(shape, recipe)
     assert weights.total <= shape.parameters * 2
-    if recipe.template:
-        assert any(storage for _, storage in stored(recipe, shape))
-        assert weights.total < shape.parameters * 2
+    if recipe.modifiers:
+        assert weights.total < 0.75 * shape.parameters * 2
 
 
 def test_metas_own_fp8_release_takes_what_vllm_saw() -> None:
     """57.75 GiB on each of eight GPUs (vllm-project/vllm#6746): feed-forward only, first and last layer in BF16,
     in the revision that stored 16 KV heads."""
-    released = modifier(
-        "targets: ['re:.*mlp'], scheme: FP8_DYNAMIC, "
-        "ignore: [lm_head, 're:model[.]layers[.]0[.]', 're:model[.]layers[.]125[.]']"
-    )
-    weights = weights_of(LLAMA_405B.model_copy(update={"num_key_value_heads": 16}), released)
+    shape = LLAMA_405B.model_copy(update={"num_key_value_heads": 16})
+    weights = weights_of(shape, find_recipe("fp8-mlp"))
     assert weights.on_one(Degree(8), 126) / GIB == pytest.approx(57.75, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("storage", "size"),
+    ("weights", "size"),
     [
-        (Storage(8, "tensor"), 256 * 512 + 2),
-        (Storage(8, "channel"), 256 * 512 + 512 * 2),
-        (Storage(8, "block", 128), 256 * 512 + 2 * 4 * 2),
-        (Storage(4, "group", 128), 256 * 512 // 2 + 512 * 2 * 2 + 16),
-        (Storage(4, "group", 32, symmetric=False), 256 * 512 // 2 + 512 * 8 * 2 + 512 * 8 // 2 + 16),
+        (NumberFormat(type="bf16"), 256 * 512 * 2),
+        (NumberFormat(type="fp8_e4m3", scale="tensor"), 256 * 512 + 2),
+        (NumberFormat(type="fp8_e4m3", scale="channel"), 256 * 512 + 512 * 2),
+        (NumberFormat(type="fp8_e4m3", scale="block", size=128), 256 * 512 + 2 * 4 * 2),
+        (NumberFormat(type="int4", scale="group", size=128), 256 * 512 // 2 + 512 * 2 * 2 + 16),
+        (
+            NumberFormat(type="int4", scale="group", size=32, symmetric=False),
+            256 * 512 // 2 + 512 * 8 * 2 + 512 * 8 // 2 + 16,
+        ),
     ],
+    ids=str,
 )
-def test_scales_and_zero_points_are_counted(storage: Storage, size: int) -> None:
-    assert storage.bytes_of(Linear("x", inputs=256, outputs=512)) == size
+def test_scales_and_zero_points_are_counted(weights: NumberFormat, size: int) -> None:
+    assert bytes_of(Linear("x", inputs=256, outputs=512), weights) == size
 
 
-def test_groups_of_a_recipe_are_read_with_what_they_leave_alone() -> None:
-    groups = (
-        "ignore: [lm_head, 're:.*self_attn'], config_groups: {g: {targets: [Linear], "
-        "weights: {num_bits: 4, symmetric: false, strategy: group, group_size: 32}}}"
-    )
-    found = dict(stored(modifier(groups), SMOL))
-    kept = {layer.name.split(".")[-1] for layer, storage in found.items() if storage is None}
-    assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert {storage for storage in found.values() if storage} == {Storage(4, "group", 32, symmetric=False)}
+def test_layers_that_a_recipe_leaves_alone_are_counted_in_bf16() -> None:
+    found = {layer.name: str(weights) for layer, weights in stored(find_recipe("fp8-mlp"), SMOL)}
+    assert found["model.layers.0.mlp.up_proj"] == found["model.layers.1.self_attn.q_proj"] == "BF16"
+    assert found["model.layers.1.mlp.up_proj"].startswith("FP8")
 
 
 def test_a_quantized_kv_cache_halves_a_token() -> None:
-    quantized = modifier("targets: [Linear], scheme: FP8_DYNAMIC, kv_cache_scheme: {num_bits: 8, type: float}")
-    assert kv_cache_bits(quantized, LLAMA_8B) == 8
-    assert kv_bytes_per_token(LLAMA_8B, quantized) == 64 * 1024
-
-
-def test_an_unknown_format_is_not_guessed() -> None:
-    with pytest.raises(ConfigError, match="scheme NVFP4 is not known"):
-        weights_of(SMOL, modifier("targets: [Linear], scheme: NVFP4"))
+    assert kv_bytes_per_token(LLAMA_8B, find_recipe("fp8-dynamic")) == 128 * 1024
+    assert kv_bytes_per_token(LLAMA_8B, find_recipe("fp8-kv")) == 64 * 1024
 
 
 @pytest.mark.parametrize(

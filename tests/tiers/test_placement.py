@@ -64,6 +64,8 @@ def checkpoint(tier: Tier, *, size: int = 0, config: Mapping[str, Any] = CONFIG)
         precision=tier.recipe.precision,
         source=tier.source,
         provenance="made by a test",
+        seed=0,
+        bits_per_weight=16,
         versions={},
         created=datetime.now(UTC),
         files=describe_files(tier.checkpoint),
@@ -156,7 +158,8 @@ def test_every_remedy_in_hardware_is_one() -> None:
 def test_fp8_is_refused_on_cards_without_fp8_units() -> None:
     plans = planned("8B", "A100-80GB")
     assert plans["Reference"].problem is None
-    assert "capability 8.0 and FP8 units come with 8.9" in str(plans["Turbo"].problem)
+    assert "fp8-dynamic is not for A100-80GB" in str(plans["Turbo"].problem)
+    assert "needs a GPU of compute capability 8.9, and this one has 8.0" in str(plans["Turbo"].problem)
     assert plans["Lite"].problem is None
 
 
