@@ -1,4 +1,4 @@
-"""`assay serve | build | tiers`: the command line. Turns errors into one sentence and an exit code."""
+"""`assay serve | plan | build | tiers`: the command line. Turns errors into one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -7,6 +7,7 @@ import logging
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +16,20 @@ import uvloop
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
 
 import kernels
 from server.checkpoints import Checkpoints
-from server.config import Config, load_config
+from server.config import Config, ModelConfig, load_config
 from server.fleet import Fleet
 from server.progress import Steps
 from server.serve import serve as run_server
+from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
+from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
-from tiers.manifest import SHORT_DIGEST, Manifest
+from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
+from tiers.manifest import Manifest
+from tiers.placement import alone, together
 from tiers.recipe import recipes
 from tiers.tier import Tier, TierKind
 
@@ -87,6 +90,72 @@ def serve(
         uvloop.run(run_server(settings, steps, announce, build=build))
 
 
+def _model_names(incomplete: str) -> list[str]:
+    return [member.name for member in CATALOG if member.name.lower().startswith(incomplete.lower())]
+
+
+def _card_names(incomplete: str) -> list[str]:
+    return [card.name for card in CARDS if card.name.lower().startswith(incomplete.lower())]
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model of the catalog, such as Llama-3.1-70B-Instruct, each of its tiers with the machine to "
+            "itself; without one, the config's tiers, all together as `serve` would start them.",
+            autocompletion=_model_names,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card, such as H100, instead of this machine's.", autocompletion=_card_names),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help=f"Cards in a node; {NODE_GPUS} by default.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that a pipeline may go over; `serve` itself uses one.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt and answer together, instead of the config's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each tier takes, over how many GPUs, and how many requests fit; or why not, and what would.
+
+    Exits with 1 if a tier does not fit. Nothing is downloaded, built or started. All but weights and KV cache are
+    estimates.
+
+    Example: assay plan Llama-3.1-405B-Instruct --gpu H100 --count 8
+    """
+    settings = load_config(config)
+    if gpu:
+        machine = Machine.of(find_card(gpu), count or NODE_GPUS, nodes or 1)
+    elif count or nodes:
+        raise ConfigError("--count and --nodes are of a card: name it with --gpu.")
+    else:
+        machine = Machine.here(settings.backend)
+    member = find_member(model) if model else None
+    if member:
+        entry = ModelConfig(name=member.name, source=member.ids[0])
+        settings = settings.model_copy(update={"models": (entry,)})
+    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers)
+    planned = alone(tiers, machine) if member else together(tiers, machine)
+    if as_json:
+        out.print_json(planned.model_dump_json())
+    else:
+        if member:
+            size = f"{member.shape.parameters / 1e9:.1f} billion parameters"
+            out.print(f"{member.name}: {size}, {member.licence} ({member.licence_url})", soft_wrap=True)
+        out.print(f"On {planned.machine}, {'each tier by itself' if member else 'all tiers together'}:")
+        show(plan_table(planned.tiers))
+        for problem in planned.problems:
+            out.print(f"\n[red]does not fit[/]  {escape(problem)}", soft_wrap=True)
+    if planned.problems:
+        raise typer.Exit(1)
+
+
 def _tier_names(incomplete: str) -> list[str]:
     return [kind.value for kind in TierKind if kind.value.lower().startswith(incomplete.lower())]
 
@@ -120,11 +189,11 @@ def build(
     if as_json:
         out.print_json(json.dumps({name: _summary(manifest) for name, manifest in manifests.items()}))
         return
-    table = _table("model", "recipe", "bits per weight", "size", "checkpoint")
+    rows = table("model", "recipe", "bits per weight", "size", "checkpoint")
     for name, manifest in manifests.items():
         bits, size = f"{manifest.bits_per_weight:.2f}", f"{manifest.size / 1e6:.0f} MB"
-        table.add_row(name, manifest.recipe, bits, size, manifest.short_digest)
-    _show(table)
+        rows.add_row(name, manifest.recipe, bits, size, manifest.short_digest)
+    show(rows)
 
 
 @app.command()
@@ -140,27 +209,9 @@ def tiers(
     if as_json:
         out.print_json(json.dumps(answer))
         return
-    table = _table("model", "precision", "verified", "recipe", "bits", "checkpoint", "context", "state")
-    for tier in answer["data"]:
-        state, verified = tier["state"], tier["verified"]
-        table.add_row(
-            tier["id"],
-            tier["precision"],
-            "not yet" if verified is None else "[green]yes[/]" if verified["agrees"] else "[red]no[/]",
-            tier["recipe"]["name"],
-            f"{tier['checkpoint']['bits_per_weight']:.2f}",
-            tier["checkpoint"]["digest"][:SHORT_DIGEST],
-            str(tier["context_length"]),
-            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
-        )
-    _show(table)
-    parts = _table("model", "part", "declared", "verified")
-    for tier in answer["data"]:
-        for part in ("weights", "activations", "kv_cache", "attention", "head"):
-            read = (tier["verified"] or {}).get(part)
-            parts.add_row(tier["id"], part, tier["declared"][part]["text"], read["text"] if read else "")
+    show(tiers_table(answer["data"]))
     out.print()
-    _show(parts)
+    show(parts_table(answer["data"]))
     for tier in answer["data"]:
         for problem in (tier["verified"] or {}).get("disagreements", ()):
             out.print(f"[red]{tier['id']}[/]: {escape(problem)}", soft_wrap=True)
@@ -176,14 +227,8 @@ def _print_recipes(*, as_json: bool) -> None:
         }
         out.print_json(json.dumps(every))
         return
-    kinds = {kind.precision: kind for kind in TierKind}
-    for name, recipe in recipes().items():
-        kind = kinds[recipe.precision.name]
-        default = ", its default" if name == kind.default_recipe else ""
-        out.print(f"[bold]{name}[/]  [dim]{kind}{default}[/]")
-        out.print(Padding(escape(recipe.summary), (0, 0, 0, 2)))
-        if reason := recipe.why_not_on(backend, None):
-            out.print(Padding(f"[yellow]Not on this machine:[/] {escape(reason)}.", (0, 0, 0, 2)))
+    for paragraph in recipe_paragraphs(backend):
+        out.print(paragraph)
 
 
 def _choose(config: Config, names: list[str] | None) -> list[Tier]:
@@ -199,18 +244,6 @@ def _choose(config: Config, names: list[str] | None) -> list[Tier]:
             raise ConfigError(f"There is no tier {name!r} in this config; the tiers are {known}.")
         chosen += found
     return chosen
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _show(table: Table) -> None:
-    """Print every cell whole, however narrow the terminal: names are there to be copied."""
-    Console(highlight=False, width=200).print(table)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -229,12 +262,12 @@ def _get(url: str) -> Any:
 
 
 def _print_welcome(fleet: Fleet, url: str) -> None:
-    table = _table("model name", "precision", "recipe", "checkpoint")
+    rows = table("model name", "precision", "recipe", "checkpoint")
     for replica in fleet.replicas:
         manifest = replica.manifest
         for name in replica.tier.names:
-            table.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest)
-    _show(table)
+            rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest)
+    show(rows)
     body = {
         "model": fleet.replicas[-1].tier.name,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],

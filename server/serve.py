@@ -24,7 +24,8 @@ from server.replica import PrecisionRefused, Replica
 from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError
-from tiers.placement import check_context, place
+from tiers.hardware import Machine
+from tiers.placement import place
 from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
@@ -109,7 +110,7 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     tiers = config.tiers
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-    place(tiers, backend)  # before hours of building; what is not built yet counts nothing
+    place(tiers, Machine.here(backend))  # before hours of building
     checkpoints = Checkpoints(config, steps, may_build=build)
     manifests = await checkpoints.prepare(tiers)
     metrics = Metrics()
@@ -117,18 +118,18 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
     replicas = [
         Replica(
-            tier,
-            manifests[tier.name],
-            check_context(tier, backend),
+            plan.tier,
+            manifests[plan.name],
+            plan.context_length,
             backend=backend,
             checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
             start_timeout_s=config.start_timeout_s,
-            start_locks=_start_locks(tier, backend, locks),
-            turns=turns.get(tier.name),
+            start_locks=_start_locks(plan.tier, backend, locks),
+            turns=turns.get(plan.name),
         )
-        for tier in place(tiers, backend)
+        for plan in place(tiers, Machine.here(backend))
     ]
     return Fleet(replicas), metrics
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from tiers.catalog import ModelShape
+from tiers.catalog import ModelShape, checked_shape
 from tiers.errors import AssayError, BuildError
 from tiers.manifest import Calibration, Manifest, describe_files
 from tiers.recipe import Recipe, find_recipe
@@ -57,6 +57,7 @@ def build(request: BuildRequest, say: Say) -> Manifest:
     with _staged(request) as folder, _disk_errors(folder):
         if request.reference is None:
             provenance, revision = write_reference(request.source, folder, say)
+            checked_shape(folder, request.model, request.source)
             recipe_text, calibration, reference = "", None, None
         else:
             origin = Manifest.read(request.reference)

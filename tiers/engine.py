@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiers.errors import ConfigError
+from tiers.hardware import GIB
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
 
-GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 PLUGIN = "assay"
 """The entry point of the group vllm.general_plugins in pyproject.toml; no other plugin is loaded."""
@@ -22,8 +22,8 @@ PROBE = "tiers.probe.worker.ProbeWorker"
 _OURS = frozenset({
     "api-key", "disable-uvicorn-access-log", "dtype", "enable-sleep-mode", "enforce-eager",
     "gpu-memory-utilization", "host", "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs",
-    "middleware", "model", "port", "served-model-name", "tensor-parallel-size", "tokenizer", "trust-remote-code",
-    "uds", "worker-extension-cls",
+    "middleware", "model", "pipeline-parallel-size", "port", "served-model-name", "tensor-parallel-size",
+    "tokenizer", "trust-remote-code", "uds", "worker-extension-cls",
 })  # fmt: skip
 """What Assay sets from its own fields."""
 _MEANING = frozenset({
@@ -80,7 +80,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         "middleware": LOCK,
         "worker-extension-cls": PROBE,
         "disable-uvicorn-access-log": True,
-        "tensor-parallel-size": len(resources.gpus) if backend == "cuda" else 1,
+        "tensor-parallel-size": resources.tensor_parallel if backend == "cuda" else 1,
+        "pipeline-parallel-size": resources.pipeline_parallel if backend == "cuda" else 1,
     }
     if tier.recipe.precision.kv_cache.type == "fp8_e4m3":
         options["kv-cache-dtype"] = "fp8_e4m3"

@@ -89,8 +89,3 @@ def test_hardware_that_computes_something_else_is_named() -> None:
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="fp8-dynamic"):
         find_recipe("q4")
-
-
-def test_published_sizes_of_llama_8b() -> None:
-    assert LLAMA_8B.weight_bytes("bf16") == pytest.approx(16.06e9, rel=0.001)
-    assert LLAMA_8B.kv_bytes_per_token == 128 * 1024
