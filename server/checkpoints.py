@@ -14,21 +14,25 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape
-from tiers.digests import DigestCache
+from tiers.digests import DigestCache, sha256_of
 from tiers.engine import gpu_environment
 from tiers.errors import BuildError, CheckpointError
 from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
+from tiers.memory import weights_of
+from tiers.plan import shape_of
 from tiers.tier import Tier, TierKind
 
 
 class Checkpoints:
     """The checkpoints under one ``home``."""
 
-    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True) -> None:
+    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True, trusting: bool = True) -> None:
+        """``trusting`` takes a digest for granted as long as its file is untouched."""
         self._config = config
         self._steps = steps
         self._may_build = may_build
-        self._digests = DigestCache(config.checkpoints / ".digests.json")
+        known = DigestCache(config.checkpoints / ".digests.json")
+        self._digest_of = known.sha256 if trusting else sha256_of
 
     async def prepare(self, tiers: Sequence[Tier], *, rebuild: bool = False) -> dict[str, Manifest]:
         """The verified manifest of each tier, by its name, after building those that are missing or outdated.
@@ -83,7 +87,7 @@ class Checkpoints:
             on_file(name)
 
         try:
-            await asyncio.to_thread(manifest.verify, tier.checkpoint, go_on, self._digests.sha256)
+            await asyncio.to_thread(manifest.verify, tier.checkpoint, go_on, self._digest_of)
         except CheckpointError as error:
             raise CheckpointError(f"{tier.name} is not served: {error}") from None
         finally:
@@ -121,6 +125,7 @@ class Checkpoints:
                 f"{tier.name} must be built and there is no quantization environment at {python}: "
                 "run `make install`, or set quantize_python in the config."
             )
+        _check_disk(tier)
         request = {
             "model": tier.model,
             "recipe": tier.recipe.name,
@@ -171,6 +176,21 @@ class Checkpoints:
             ) from None
         finally:
             os.close(file)
+
+
+def _check_disk(tier: Tier) -> None:
+    """Hold what will be written, as far as it is known before, against the room on the disk."""
+    shape = shape_of(tier)
+    if shape is None or (tier.kind is TierKind.REFERENCE and tier.source.kind == "folder"):
+        return  # a folder's weights are linked to, not copied
+    needed = weights_of(shape, tier.recipe).total
+    tier.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(tier.checkpoint.parent).free
+    if needed > free:
+        raise BuildError(
+            f"{tier.name} needs {needed / 1e9:.2f} GB and the disk that holds {tier.checkpoint.parent} has "
+            f"{free / 1e9:.2f} GB free: make room, or set `home` in the config to another disk."
+        )
 
 
 def _references_first(tiers: Sequence[Tier]) -> list[Tier]:

@@ -1,25 +1,21 @@
-"""`assay serve | plan | build | tiers`: the command line. Turns errors into one sentence and an exit code."""
+"""`assay serve | plan | build | verify | tiers`: the command line; an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
 import json
-import logging
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import uvloop
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 import kernels
 from server.checkpoints import Checkpoints
 from server.config import Config, ModelConfig, load_config
+from server.console import err, fetch, log_to, out, welcome
 from server.fleet import Fleet
 from server.progress import Steps
 from server.serve import serve as run_server
@@ -29,7 +25,7 @@ from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
 from tiers.manifest import Manifest
-from tiers.placement import alone, together
+from tiers.placement import alone, check_hardware, together
 from tiers.recipe import recipes
 from tiers.tier import Tier, TierKind
 
@@ -39,9 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -78,13 +71,13 @@ def serve(
 
     Example: assay serve --config deploy/llama-3.1-8b.yaml
     """
-    _log_to(err)
+    log_to(err)
     settings = load_config(config, host=host, port=port)
     steps = Steps(err)
 
     def announce(fleet: Fleet, url: str) -> None:
         steps.close()
-        _print_welcome(fleet, url)
+        welcome(fleet, url)
 
     with steps:
         uvloop.run(run_server(settings, steps, announce, build=build))
@@ -181,9 +174,10 @@ def build(
     if list_recipes:
         _print_recipes(as_json=as_json)
         return
-    _log_to(err)
+    log_to(err)
     settings = load_config(config)
     chosen = _choose(settings, tiers)
+    check_hardware(chosen, Machine.here(installed_backend() if settings.backend == "auto" else settings.backend))
     with Steps(err) as steps:
         manifests = asyncio.run(Checkpoints(settings, steps).prepare(chosen, rebuild=rebuild))
     if as_json:
@@ -197,6 +191,30 @@ def build(
 
 
 @app.command()
+def verify(
+    tiers: Annotated[
+        list[str] | None,
+        typer.Argument(help="As for `assay build`; all by default.", autocompletion=_tier_names),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Hold every file of the checkpoints against its manifest, reading all of it again; builds nothing.
+
+    `assay serve` does the same at every start, but trusts a digest as long as the file is untouched. This finds
+    what a disk lost by itself.
+
+    Example: assay verify Lite
+    """
+    log_to(err)
+    settings = load_config(config)
+    with Steps(err) as steps:
+        checkpoints = Checkpoints(settings, steps, may_build=False, trusting=False)
+        manifests = asyncio.run(checkpoints.prepare(_choose(settings, tiers)))
+    for name, manifest in manifests.items():
+        out.print(f"{name}: {len(manifest.files)} files are what their manifest says ({manifest.short_digest})")
+
+
+@app.command()
 def tiers(
     url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The running server.")] = "http://127.0.0.1:8000",
     as_json: JsonOption = False,
@@ -205,7 +223,7 @@ def tiers(
 
     Example: assay tiers --url http://127.0.0.1:8000 --json
     """
-    answer = _get(f"{url.rstrip('/')}/v1/tiers")
+    answer = fetch(f"{url.rstrip('/')}/v1/tiers")
     if as_json:
         out.print_json(json.dumps(answer))
         return
@@ -248,44 +266,6 @@ def _choose(config: Config, names: list[str] | None) -> list[Tier]:
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(mode="json") | {"digest": manifest.digest, "size": manifest.size}
-
-
-def _get(url: str) -> Any:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url} is not an http or https address.")
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  # the scheme was just checked
-            return json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
-
-
-def _print_welcome(fleet: Fleet, url: str) -> None:
-    rows = table("model name", "precision", "recipe", "checkpoint")
-    for replica in fleet.replicas:
-        manifest = replica.manifest
-        for name in replica.tier.names:
-            rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest)
-    show(rows)
-    body = {
-        "model": fleet.replicas[-1].tier.name,
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-    }
-    out.print(f"\n[green]ready[/] on {url}. Try:\n")
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
-    out.print(escape(curl), soft_wrap=True)
-
-
-def _log_to(console: Console) -> None:
-    handler: logging.Handler = (
-        RichHandler(console=console, show_path=False)
-        if console.is_terminal
-        else logging.StreamHandler(console.file)
-    )
-    if not console.is_terminal:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def _check_own_packages() -> None:

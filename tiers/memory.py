@@ -25,7 +25,7 @@ CUDA_OVERHEAD = GIB
 NCCL_OVERHEAD = GIB
 """Buffers for talking to other GPUs: a margin, not a measurement."""
 GRAPH_BYTES_PER_LAYER = MIB // 5
-"""Of one captured CUDA graph: 0.6 GiB seen for the hundred graphs of a model of 32 layers."""
+"""Of one captured CUDA graph: about 0.6 GiB for the hundred graphs of 32 layers; a rule of thumb, not measured."""
 GRAPH_BATCHES = 51
 """vLLM captures batches of 1, 2, 4, every 8th up to 256 and every 16th up to 512, each whole and in pieces."""
 SAMPLER_BYTES = 14

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from tiers.errors import PlacementError
 from tiers.hardware import CARDS, GIB, NODE_GPUS, Machine
 from tiers.memory import Degree
-from tiers.plan import USABLE_GPU_MEMORY, TierPlan, in_ram, indivisible, on_gpus, shape_of
+from tiers.plan import USABLE_GPU_MEMORY, TierPlan, in_ram, indivisible, on_gpus, shape_of, unsuitable
 from tiers.recipe import find_recipe
 from tiers.tier import Tier, TierKind
 
@@ -42,6 +42,17 @@ def place(tiers: tuple[Tier, ...], machine: Machine) -> tuple[TierPlan, ...]:
     if plan.problems:
         raise PlacementError(plan.problems[0])
     return plan.tiers
+
+
+def check_hardware(tiers: Sequence[Tier], machine: Machine) -> None:
+    """Whether this machine computes what the tiers' recipes promise, asked before they are built.
+
+    Raises:
+        PlacementError: names the tier, the recipe and the reason.
+    """
+    for tier in tiers:
+        if reason := unsuitable(tier, machine.gpus):
+            raise PlacementError(f"{tier.name}: {reason}")
 
 
 def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
@@ -160,6 +171,9 @@ def _more_hardware(plan: TierPlan, machine: Machine) -> Iterator[str]:
 def share_gpus(tiers: tuple[Tier, ...], machine: Machine) -> tuple[Tier, ...]:
     """Give every tier without ``gpu_memory`` an even part of what is left on its fullest GPU, 0.9 in all.
 
+    Tiers that sleep while idle are awake one at a time: together they count as one, and each may take its part.
+    What a sleeping engine keeps, CUDA's context, is of the tenth that nobody is given.
+
     Raises:
         PlacementError: a GPU does not exist, or is given away more than once over.
     """
@@ -170,16 +184,21 @@ def share_gpus(tiers: tuple[Tier, ...], machine: Machine) -> tuple[Tier, ...]:
         names = ", ".join(tier.name for tier in sharing)
         if gpu >= present:
             raise PlacementError(f"GPU {gpu} of {names} does not exist; this machine has {present}.")
-        taken = sum(tier.resources.gpu_memory or 0 for tier in sharing)
-        waiting = [tier for tier in sharing if tier.resources.gpu_memory is None]
-        left = USABLE_GPU_MEMORY - taken
-        if taken > USABLE_GPU_MEMORY + 1e-9 or (waiting and left <= 0):
+        sleepers = [tier for tier in sharing if tier.resources.idle == "sleep"]
+        claims = [[tier] for tier in sharing if tier not in sleepers] + ([sleepers] if sleepers else [])
+        given = [max((tier.resources.gpu_memory or 0 for tier in claim), default=0) for claim in claims]
+        waiting = sum(not each for each in given)
+        left = USABLE_GPU_MEMORY - sum(given)
+        if left < -1e-9 or (waiting and left <= 0):
             raise PlacementError(
-                f"GPU {gpu}: gpu_memory of {names} adds up to {taken:.2f}, and {USABLE_GPU_MEMORY} is what "
-                "engines can have together: lower it, or give a tier other gpus."
+                f"GPU {gpu}: gpu_memory of {names} adds up to {sum(given):.2f}, and {USABLE_GPU_MEMORY} is what "
+                "engines can have together: lower it, give a tier other gpus, or let tiers sleep (`idle: sleep`)."
             )
-        for tier in waiting:
-            shares[tier.name] = min(shares.get(tier.name, 1.0), left / len(waiting))
+        for claim, part in zip(claims, given, strict=True):
+            for tier in claim:
+                if tier.resources.gpu_memory is None:
+                    share = part or left / waiting
+                    shares[tier.name] = min(shares.get(tier.name, 1.0), share)
     return tuple(
         replace(tier, resources=tier.resources.model_copy(update={"gpu_memory": round(shares[tier.name], 3)}))
         if tier.name in shares

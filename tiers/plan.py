@@ -170,7 +170,7 @@ def _plan(
     context = tier.context_length or (shape.max_position_embeddings if shape else 0)
     per_token = kv_bytes_per_token(shape, tier.recipe) if shape else 0
     kv_cache = max(0, room - each.fixed) if kv_cache_gib is None else int(kv_cache_gib * GIB)
-    problem = _problem(tier, shape, each, degree, room, kv_cache_gib, gpus, context) if shape else None
+    problem = _problem(tier, shape, each, degree, room, kv_cache_gib, gpus, context)
     requests = kv_cache // each.kv_bytes(context) if shape and not problem else 0
     return TierPlan(
         tier=tier,
@@ -193,8 +193,8 @@ def _plan(
     )
 
 
-def _unsuitable(tier: Tier, gpus: Sequence[Gpu]) -> str | None:
-    """Why this hardware would not compute what the recipe promises."""
+def unsuitable(tier: Tier, gpus: Sequence[Gpu]) -> str | None:
+    """Why this hardware, a CPU if there are no GPUs, would not compute what the tier's recipe promises."""
     if not gpus:
         reason = tier.recipe.why_not_on("cpu", None)
         return f"{tier.recipe.name} is not for CPUs: {reason}." if reason else None
@@ -211,7 +211,7 @@ class _Problem(NamedTuple):
 
 def _problem(
     tier: Tier,
-    shape: ModelShape,
+    shape: ModelShape | None,
     each: Footprint,
     degree: Degree,
     room: int,
@@ -219,13 +219,15 @@ def _problem(
     gpus: Sequence[Gpu],
     context: int,
 ) -> _Problem | None:
-    """Why this cannot be served there; None if it can."""
+    """Why this cannot be served there; None if it can, as far as is known."""
+    if reason := unsuitable(tier, gpus):
+        return _Problem(reason, wants_more=shape is not None)
+    if shape is None:
+        return None
     if context > shape.max_position_embeddings:
         return _Problem(f"context_length {context} is beyond the model's own {shape.max_position_embeddings}.")
     if reason := indivisible(tier, shape, degree.tensor):
         return _Problem(f"{reason}: choose another number of gpus.")
-    if reason := _unsuitable(tier, gpus):
-        return _Problem(reason, wants_more=True)
     request = each.kv_bytes(context)
     if kv_cache_gib is not None and request > kv_cache_gib * GIB:
         return _Problem(

