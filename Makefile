@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines bench clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-fast: ## tests without an engine, in seconds
 
 test-engines: ## tests on the three real engines, started once
 	$(RUN)/pytest -m "engine and not gpu"
+
+test-gpu: ## tests that need an NVIDIA GPU
+	$(RUN)/pytest -m gpu
 
 bench: ## speed, size and divergence of each tier of a running server; options in ARGS
 	$(RUN)/python -m tests.bench.tiers $(ARGS)

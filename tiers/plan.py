@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tiers.catalog import ModelShape, checked_shape, member_of
 from tiers.engine import DEFAULT_CPU_KV_CACHE_GIB
 from tiers.hardware import GIB, Gpu
-from tiers.manifest import MANIFEST_NAME, Manifest
+from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
 from tiers.memory import (
     CPU_ENGINE_OVERHEAD,
     CUDA_OVERHEAD,
@@ -102,7 +102,10 @@ def shape_of(tier: Tier) -> ModelShape | None:
 
 def _is_of(folder: Path, tier: Tier) -> bool:
     """Whether a finished checkpoint lies there and was made from what the config names now."""
-    return (folder / MANIFEST_NAME).exists() and Manifest.read(folder).source == tier.source
+    try:
+        return (folder / MANIFEST_NAME).exists() and Manifest.read(folder).source == tier.source
+    except OutdatedManifest:
+        return False  # it will be built again
 
 
 def in_ram(tier: Tier, ram: int, *, alone: bool) -> TierPlan:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiers.errors import CheckpointError
-from tiers.manifest import Manifest, describe_files
+from tiers.manifest import Manifest, OutdatedManifest, describe_files
 from tiers.precision import int4
 from tiers.source import Source
 
@@ -86,6 +86,12 @@ def test_the_digest_is_of_the_files_alone(folder: Path) -> None:
 def test_no_manifest_means_not_finished(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         Manifest.read(tmp_path)
+
+
+def test_a_manifest_of_an_earlier_format_is_told_apart(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format": 1, "model": "M"}')
+    with pytest.raises(OutdatedManifest, match="an earlier version"):
+        Manifest.read(folder)
 
 
 def test_a_damaged_manifest_is_a_sentence(folder: Path) -> None:

@@ -302,6 +302,13 @@ def test_tiers_that_sleep_may_each_use_what_all_have(tmp_path: Path) -> None:
         place(three(tmp_path, {"gpu_memory": 0.5, **sleeping}, {"gpu_memory": 0.5}, {"gpus": [1]}), TWO_GPUS)
 
 
+def test_a_checkpoint_that_will_be_built_again_counts_as_none(tmp_path: Path) -> None:
+    tier = checkpoint(three(tmp_path)[0], size=10 << 30)
+    assert place((tier,), CPU)[0].per_device.weights > 9 << 30
+    (tier.checkpoint / "manifest.json").write_text('{"format": 1}')
+    assert place((tier,), CPU)[0].per_device.weights < 1 << 30
+
+
 def test_a_recipe_that_the_hardware_does_not_compute_is_refused_before_anything_is_known_of_the_model() -> None:
     from tiers.recipe import find_recipe
 
