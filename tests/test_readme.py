@@ -30,6 +30,8 @@ RUN_BY = {
     ".venv/bin/assay build --config deploy/llama-3.1-8b.yaml": (
         "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
     ),
+    ".venv/bin/assay verify": "tests/server/test_cli.py::test_verifying_reads_all_of_it_and_counts_the_files",
+    ".venv/bin/assay build --list": "tests/server/test_cli.py::test_the_recipes_are_described",
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",
     ".venv/bin/assay --install-completion": "tests/server/test_cli.py::test_completion_can_be_installed",
 }
