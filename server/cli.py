@@ -195,8 +195,9 @@ def _print_welcome(fleet: Fleet, url: str) -> None:
         for name in replica.tier.names:
             table.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest)
     _show(table)
+    first_model = [r.tier for r in fleet.replicas if r.tier.model == fleet.replicas[0].tier.model]
     body = {
-        "model": fleet.replicas[-1].tier.name,
+        "model": first_model[-1].name,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
     }
     out.print(f"\n[green]ready[/] on {url}. Try:\n")

@@ -161,10 +161,12 @@ def converted_tokenizer() -> Any:
     with mock.patch.dict("os.environ", {"TIKTOKEN_CACHE_DIR": ""}):
         tokenizer = TikTokenConverter(str(_ranks_file()), extra_special_tokens=special_tokens()).converted()
     bos = ("<|begin_of_text|>", BASE_TOKENS)
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos]),
-    ])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos]),
+        ]
+    )
     return tokenizer
 
 

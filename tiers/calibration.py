@@ -141,7 +141,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @torch.inference_mode()
 def _sample(model: Any, ids: torch.Tensor, mask: torch.Tensor, ends: frozenset[int]) -> torch.Tensor:
-    """Answers to a left-padded batch of prompts [B, T]: [B, up to `ANSWER_TOKENS`], drawn from the likeliest tokens.
+    """Answers to a left-padded batch of prompts [B, T], drawn from the likeliest tokens: [B, ≤ `ANSWER_TOKENS`].
 
     ``generate`` would draw from the same distribution and sort the whole vocabulary for every token, which for
     Llama 3's 128,256 takes longer on a CPU than a small model does.
@@ -168,7 +168,7 @@ def _sample(model: Any, ids: torch.Tensor, mask: torch.Tensor, ends: frozenset[i
 
 
 def _until_end(answer: list[int], ends: frozenset[int]) -> list[int]:
-    """The answer up to the token that ends it, which belongs to it; what follows was drawn for the others' sake."""
+    """The answer up to the token that ends it, which belongs to it; what follows is the batch's."""
     for length, token in enumerate(answer, start=1):
         if token in ends:
             return answer[:length]

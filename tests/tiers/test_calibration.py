@@ -46,7 +46,9 @@ def test_the_likeliest_answers_are_those_of_transformers(
 def test_only_likely_tokens_are_drawn(model: Any, llama_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (conversation, *_) = answered(model, llama_tokenizer, monkeypatch, TOP_K=3, TOP_P=1.0)
     logits = model(torch.tensor([conversation])).logits[0]
-    ranks = [(row > row[token]).sum().item() for row, token in zip(logits[:-1], conversation[1:], strict=True)][-8:]
+    ranks = [(row > row[token]).sum().item() for row, token in zip(logits[:-1], conversation[1:], strict=True)][
+        -8:
+    ]
     assert max(ranks) < 3
     assert max(ranks) > 0, "they are drawn, not the first ones taken"
 
