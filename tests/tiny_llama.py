@@ -69,7 +69,7 @@ CONFIG: dict[str, Any] = {
 }
 """As Llama 3.1 publishes it, `head_dim` left out included; smaller in hidden and intermediate size, layers and
 heads, which are such that an engine's kernels take them and that quantization groups of 128 divide them."""
-GENERATION_CONFIG = {
+GENERATION_CONFIG: dict[str, Any] = {
     "bos_token_id": 128000,
     "do_sample": True,
     "eos_token_id": [128001, 128008, 128009],

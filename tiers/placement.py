@@ -34,8 +34,8 @@ def engine_bytes(tier: Tier) -> int:
 
 
 def _weight_bytes(tier: Tier) -> int:
-    """Of the finished checkpoint; 0 while there is none."""
-    return sum(file.stat().st_size for file in tier.checkpoint.glob("*.safetensors"))
+    """Of the finished checkpoint; 0 while there is none, or where the folder that it links to has moved."""
+    return sum(file.stat().st_size for file in tier.checkpoint.glob("*.safetensors") if file.is_file())
 
 
 def place(tiers: tuple[Tier, ...], backend: Backend) -> tuple[Tier, ...]:

@@ -128,7 +128,7 @@ def test_a_prompt_scores_as_in_transformers(assay: Server, llama_folder: Path) -
     scored = prefilled(assay, "Reference", [{"role": "user", "content": "Wie spät ist es? 12:30, 昨日 👋"}])
     away = distance(scored, transformers_says(llama_folder, scored))
     print(f"prefill, {len(scored.tops)} positions: {away}")
-    assert away.rms < 0.08
+    assert away.rms < 0.12
     assert away.kl < 0.004
 
 
@@ -138,7 +138,7 @@ def test_so_does_an_answer_beyond_the_first_8192_tokens(llama_folder: Path, long
     away = distance(scored, transformers_says(llama_folder, scored))
     unscaled = distance(scored, transformers_says(llama_folder, scored, scaling=False))
     print(f"decode, {len(scored.tops)} positions from {min(scored.tops)} on: {away}; without scaling: {unscaled}")
-    assert away.rms < 0.08
+    assert away.rms < 0.12
     assert away.kl < 0.004
     assert unscaled.rms > 1, "without the scaling of RoPE this test fails"
     assert unscaled.kl > 0.1

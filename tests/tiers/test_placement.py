@@ -43,6 +43,12 @@ def test_too_little_ram_says_how_much_is_needed(tmp_path: Path) -> None:
         place(three(tmp_path, *[{"kv_cache_gib": 1000}] * 3), "cpu")
 
 
+def test_weights_that_have_moved_are_not_placements_to_find(tmp_path: Path) -> None:
+    """The check of the checkpoint names what is missing; here it counts nothing."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone" / "model.safetensors")
+    assert place(three(tmp_path, *[{"kv_cache_gib": 0.01}] * 3), "cpu")
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_tiers_on_one_gpu_share_what_is_left(tmp_path: Path) -> None:
     placed = place(three(tmp_path, {"gpu_memory": 0.5}, {}, {}), "cuda")
