@@ -35,7 +35,7 @@ imports: ## server → tiers → kernels, never back up
 test-fast: ## tests without an engine, in seconds
 	$(RUN)/pytest -m "not engine and not gpu"
 
-test-engines: ## tests on the three real engines, started once
+test-engines: ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu"
 
 test-gpu: ## tests that need an NVIDIA GPU

@@ -55,8 +55,9 @@ def welcome(fleet: Fleet, url: str) -> None:
         for name in replica.tier.names:
             rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
     show(rows)
-    served = [replica for replica in fleet.replicas if replica.can_answer]
-    body = {"model": served[-1].tier.name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    served = [replica.tier for replica in fleet.replicas if replica.can_answer]
+    first_model = [tier for tier in served if tier.model == served[0].model]
+    body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     out.print(f"\n[green]ready[/] on {url}. Try:\n")
     curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
     out.print(escape(curl), soft_wrap=True)

@@ -157,7 +157,7 @@ def _weights(tier: Tier, shape: ModelShape) -> Weights:
     weights = weights_of(shape, tier.recipe)
     if not _is_of(tier.checkpoint, tier):
         return weights
-    on_disk = sum(file.stat().st_size for file in tier.checkpoint.glob("*.safetensors"))
+    on_disk = sum(file.stat().st_size for file in tier.checkpoint.glob("*.safetensors") if file.is_file())
     return replace(weights, blocks=max(0, on_disk - weights.embedding - weights.head))
 
 

@@ -207,6 +207,14 @@ def test_one_model_alone_on_the_cpu_takes_all_memory_for_its_cache() -> None:
     assert turbo.remedies == ("the Lite tier here", "a context of 28672 tokens")
 
 
+def test_weights_that_have_moved_are_not_placements_to_find(tmp_path: Path) -> None:
+    """The check of the checkpoint names what is missing; here it counts nothing."""
+    tier = checkpoint(three(tmp_path)[0])
+    (tier.checkpoint / "model.safetensors").unlink()
+    (tier.checkpoint / "model.safetensors").symlink_to(tmp_path / "gone" / "model.safetensors")
+    assert place((tier,), CPU)
+
+
 def test_tiers_on_one_gpu_share_what_is_left(tmp_path: Path) -> None:
     plans = place(three(tmp_path, {"gpu_memory": 0.5}, {}, {}), TWO_GPUS)
     assert [plan.tier.resources.gpu_memory for plan in plans] == [0.5, 0.2, 0.2]
