@@ -10,11 +10,30 @@ GROUP_SIZES = (128, 64, 32)
 """Tried from the coarsest: fewer scales, faster kernels; the first that divides every layer is taken."""
 
 
+class Tuning(BaseModel):
+    """Gradient steps that follow a recipe's rounding; tiers/tuning.py takes them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    batch: int = 16
+    """Conversations a step."""
+    learning_rate: float
+    """The farthest a weight moves in one step, in steps of its grid."""
+    seed: int = 20311
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps of Adam on KL(reference ‖ model) through the rounding, "
+            f"{self.batch} conversations a step, learning rate {self.learning_rate} grid steps, seed {self.seed}"
+        )
+
+
 class Recipe(BaseModel):
     """A named way to make a checkpoint.
 
     ``template`` is llm-compressor's own YAML, empty for the reference, which is taken as it is;
-    ``{group_size}`` in it is filled in by `text_for`.
+    ``{group_size}`` in it is filled in by `text_for`. ``tuning`` follows it, and needs calibration text.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -24,16 +43,18 @@ class Recipe(BaseModel):
     summary: str
     template: str = ""
     needs_calibration: bool = False
+    tuning: Tuning | None = None
 
     def text_for(self, shape: ModelShape) -> str:
-        """The recipe as llm-compressor reads it, for a model of this shape.
+        """The whole recipe for a model of this shape: what llm-compressor reads, and the tuning as a comment.
 
         Raises:
             BuildError: no known group size divides the model's layers.
         """
-        if "{group_size}" not in self.template:
-            return self.template
-        return self.template.replace("{group_size}", str(group_size(shape)))
+        text = self.template
+        if "{group_size}" in text:
+            text = text.replace("{group_size}", str(group_size(shape)))
+        return f"{text}# then tuned (tiers/tuning.py): {self.tuning}\n" if self.tuning else text
 
 
 def group_size(shape: ModelShape) -> int:
