@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-gpu: ## tests that need an NVIDIA GPU
 
 bench: ## speed, size and divergence of each tier of a running server; options in ARGS
 	$(RUN)/python -m tests.bench.tiers $(ARGS)
+
+bench-recipes: ## every quantization recipe tried, built and measured anew (two hours); options in ARGS
+	PYTHONPATH=$(CURDIR) .venv-quantize/bin/python -m tests.bench.recipes $(ARGS)
 
 clean: ## remove environments, checkpoints and logs
 	rm -rf .venv .venv-quantize .assay

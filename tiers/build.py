@@ -5,6 +5,7 @@ to standard output: what it does, then either ``done`` or the sentence of the er
 libraries print goes to standard error.
 """
 
+import copy
 import errno
 import importlib.metadata
 import json
@@ -15,14 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from tiers.catalog import ModelShape, checked_shape
 from tiers.errors import AssayError, BuildError
 from tiers.manifest import Calibration, Manifest, describe_files
-from tiers.recipe import Recipe, find_recipe
+from tiers.recipe import Recipe, Tuning, find_recipe
 from tiers.reference import write_reference
 from tiers.source import Source
 from tiers.weights import bits_per_weight
@@ -107,7 +108,7 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
         text = answered_prompts(model.to(device), tokenizer)
         model.to("cpu")  # llm-compressor moves one block at a time to the GPU by itself
     say(f"quantizing: {recipe.name}")
-    _oneshot(model, recipe_text, text)
+    quantize(model, recipe_text, recipe.tuning, text, say)
     say("writing safetensors")
     model.save_pretrained(folder, save_compressed=True)
     # The reference's own tokenizer files, not a rewritten set: every tier must see the same tokens.
@@ -117,21 +118,35 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
     return text.entry if text else None
 
 
-def _oneshot(model: object, recipe_text: str, text: "CalibrationText | None") -> None:
+def quantize(
+    model: Any, recipe_text: str, tuning: Tuning | None, text: "CalibrationText | None", say: Say
+) -> None:
+    """Quantize ``model`` in place as the recipe's text says, then tune it if the recipe has a tuning.
+
+    ``text`` is None for a recipe that needs no calibration.
+    """
+    import llmcompressor
+    import torch
     from datasets import Dataset
-    from llmcompressor import oneshot
+
+    from tiers.tuning import tune
 
     if text is None:
-        oneshot(model=model, recipe=recipe_text)
+        llmcompressor.oneshot(model=model, recipe=recipe_text)
         return
-    longest = max(map(len, text.conversations))
-    oneshot(
+    original = copy.deepcopy(model) if tuning else None
+    rows = [each.tokens for each in text.conversations]
+    llmcompressor.oneshot(
         model=model,
         recipe=recipe_text,
-        dataset=Dataset.from_dict({"input_ids": text.conversations}),
-        max_seq_length=longest,
-        num_calibration_samples=len(text.conversations),
+        dataset=Dataset.from_dict({"input_ids": rows}),
+        max_seq_length=max(map(len, rows)),
+        num_calibration_samples=len(rows),
     )
+    if tuning and original:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tune(model.to(device), original.to(device), text.conversations, tuning, say)
+        model.to("cpu")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ model will see. Nothing is more like it than its own answers, in its own chat te
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,30 +83,106 @@ PROMPTS = (
     "How do airplanes fly?",
     "What is the longest river in the world?",
     "Give feedback on this sentence: Their going to the park tommorow.",
+    "What makes a good leader?",
+    "Write a C function that computes the factorial of a number.",
+    "Explain how rainbows form.",
+    "Give me a five-day workout plan for beginners.",
+    "What is the difference between a debit card and a credit card?",
+    "Write a cover letter for a job as a librarian.",
+    "Who was Nelson Mandela?",
+    "Solve for x: 3x + 7 = 25.",
+    "What are the symptoms of the common cold?",
+    "Suggest three books for someone who likes adventure.",
+    "Describe the life cycle of a butterfly.",
+    "How do I set up a tent?",
+    "Write a news headline and lead about a lost dog that came home.",
+    "What is the role of a president in a republic?",
+    "Translate into German: I would like a cup of coffee, please.",
+    "Explain the concept of compound growth with numbers.",
+    "Write a CSS rule that centers a box on the page.",
+    "Why do we dream?",
+    "Tell me three jokes about computers.",
+    "What is the difference between mitosis and meiosis?",
+    "Make a table that compares trains, cars and planes.",
+    "How was the Great Wall of China built?",
+    "Write a text message to a friend who is sick.",
+    "What is a prime number? List the first ten.",
+    "How does the stock market work?",
+    "Write a short scene in which two old friends meet at a railway station.",
+    "Give step-by-step instructions for changing a bicycle tire.",
+    "What are the main religions of the world?",
+    "Explain what a database index does.",
+    "My computer is slow. What can I do?",
+    "What is the speed of sound and what does it depend on?",
+    "Write a review of a restaurant with good food and slow service.",
+    "How many sides does a hexagon have, and what is the sum of its angles?",
+    "What are renewable sources of energy?",
+    "Extract the names from this sentence: Anna met Peter and Julia in Berlin.",
+    "Classify the mood of this review: The room was dirty and the staff was rude.",
+    "What did Isaac Newton discover?",
+    "Write a Python script that reads a file and prints each line with its number.",
+    "How do plants drink water?",
+    "Continue the story: The door opened, and nobody was there.",
+    "What is a good way to learn new words in a foreign language?",
+    "Explain the offside rule.",
+    "Compare the Roman and the Ottoman empires.",
+    "Write a thank-you speech for a retiring colleague.",
+    "What is the largest animal that ever lived?",
+    "How do I make pancakes without eggs?",
+    "What does DNA stand for and what does it do?",
+    "A rectangle is 8 cm long and 5 cm wide. What are its area and perimeter?",
+    "Summarize in one sentence: The meeting was moved from Monday to Tuesday because the room was not free.",
+    "What is cloud computing?",
+    "Describe how to tie a tie.",
+    "What is the difference between jazz and blues?",
+    "Write a rhyming couplet about the moon.",
+    "How should I prepare for an exam in two weeks?",
+    "What causes a solar eclipse?",
+    "Give me ideas for a birthday present for my grandfather.",
+    "Explain git commit and git push.",
+    "What are human rights?",
+    "Why is the sea salty?",
+    "Write a slogan and a short advertisement for a bicycle shop.",
+    "What is the purpose of a constitution?",
+    "Put these words in alphabetical order: pear, apple, mango, cherry.",
+    "How does a battery store energy?",
+    "Write a letter from a soldier to his mother in 1916.",
 )
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """Token ids of every conversation, and the entry that a manifest keeps of them."""
+class Conversation:
+    """Token ids of a question in the chat template with its answer, which starts at ``answer_start``."""
 
-    conversations: list[list[int]]
+    tokens: list[int]
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Every conversation, and the entry that a manifest keeps of them."""
+
+    conversations: list[Conversation]
     entry: Calibration
 
 
-def answered_prompts(model: Any, tokenizer: Any) -> CalibrationText:
-    """Let the reference answer `PROMPTS`, sampled with a fixed seed.
+def answered_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, seed: int = SEED
+) -> CalibrationText:
+    """Let the reference answer the prompts, sampled with a fixed seed.
 
     Args:
         model: a Transformers causal language model, the reference.
         tokenizer: its tokenizer; a model without a chat template continues the bare prompts.
+        prompts: what it is asked.
+        seed: of the sampling.
     """
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = [_render(tokenizer, prompt) for prompt in PROMPTS]
+    texts = [_render(tokenizer, prompt) for prompt in prompts]
     ends = _end_tokens(model, tokenizer)
-    conversations: list[list[int]] = []
+    conversations: list[Conversation] = []
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(
             texts[start : start + BATCH],
@@ -113,13 +190,14 @@ def answered_prompts(model: Any, tokenizer: Any) -> CalibrationText:
             padding=True,
             add_special_tokens=not tokenizer.chat_template,  # a rendered chat has its own
         ).to(model.device)
-        prompts, mask = batch["input_ids"], batch["attention_mask"]
-        answers = _sample(model, prompts, mask, ends)
-        for prompt, present, answer in zip(prompts, mask.bool(), answers, strict=True):
-            conversations.append(prompt[present].tolist() + _until_end(answer.tolist(), ends))
-    digest = hashlib.sha256(repr(conversations).encode()).hexdigest()
-    tokens = sum(map(len, conversations))
-    entry = Calibration(sha256=digest, conversations=len(conversations), tokens=tokens, seed=SEED)
+        asked, mask = batch["input_ids"], batch["attention_mask"]
+        answers = _sample(model, asked, mask, ends)
+        for prompt, present, answer in zip(asked, mask.bool(), answers, strict=True):
+            question = prompt[present].tolist()
+            conversations.append(Conversation(question + _until_end(answer.tolist(), ends), len(question)))
+    digest = hashlib.sha256(repr([each.tokens for each in conversations]).encode()).hexdigest()
+    tokens = sum(len(each.tokens) for each in conversations)
+    entry = Calibration(sha256=digest, conversations=len(conversations), tokens=tokens, seed=seed)
     return CalibrationText(conversations, entry)
 
 

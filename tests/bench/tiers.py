@@ -22,6 +22,7 @@ from rich.table import Table
 
 from kernels.divergence import kl_lower_bound
 from server.progress import Steps
+from tests.bench.bootstrap import interval
 
 PROMPTS = (
     "What causes the tides?",
@@ -44,7 +45,6 @@ PROMPTS = (
 TOKENS = 96
 REPEATS = 3
 TOP = 20
-RESAMPLES = 2000
 
 Logprobs = list[dict[str, float]]
 
@@ -115,15 +115,6 @@ def kl_by_prompt(reference: list[Logprobs], tier: list[Logprobs]) -> list[torch.
 def _kl(p: dict[str, float], q: dict[str, float]) -> torch.Tensor:
     shared = sorted(p.keys() & q.keys())
     return kl_lower_bound(torch.tensor([[p[t] for t in shared]]), torch.tensor([[q[t] for t in shared]]))
-
-
-def interval(by_prompt: list[torch.Tensor]) -> tuple[float, float]:
-    """95% of the mean under resampling of prompts, whose tokens belong together."""
-    sums = torch.stack([kl.sum() for kl in by_prompt])
-    counts = torch.tensor([float(len(kl)) for kl in by_prompt])
-    drawn = torch.randint(len(by_prompt), (RESAMPLES, len(by_prompt)), generator=torch.Generator().manual_seed(0))
-    means = (sums[drawn].sum(1) / counts[drawn].sum(1)).sort().values
-    return means[int(0.025 * RESAMPLES)].item(), means[int(0.975 * RESAMPLES)].item()
 
 
 def same_top(reference: list[Logprobs], tier: list[Logprobs]) -> float:

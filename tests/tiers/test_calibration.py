@@ -25,9 +25,11 @@ def model() -> Any:
 
 def answered(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[list[int]]:
     """The conversations with few prompts and short answers."""
-    for name, value in ({"PROMPTS": PROMPTS, "BATCH": 2, "ANSWER_TOKENS": 8} | settings).items():
+    for name, value in ({"BATCH": 2, "ANSWER_TOKENS": 8} | settings).items():
         monkeypatch.setattr(calibration, name, value)
-    return calibration.answered_prompts(model, tokenizer).conversations
+    answered = calibration.answered_prompts(model, tokenizer, PROMPTS)
+    assert all(0 < each.answer_start < len(each.tokens) for each in answered.conversations)
+    return [each.tokens for each in answered.conversations]
 
 
 def test_the_likeliest_answers_are_those_of_transformers(
