@@ -25,7 +25,6 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kernels.divergence import kl_divergence
@@ -37,6 +36,7 @@ from tiers.calibration import CalibrationText, Conversation, answered_prompts
 from tiers.catalog import ModelShape
 from tiers.recipe import Tuning
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
+from tiers.weights import bits_per_weight
 
 SEED = 7
 PROMPTS = (
@@ -246,7 +246,8 @@ class Bench:
             measured = self._divergence(model)
             with tempfile.TemporaryDirectory(dir=self._folder) as target:
                 model.save_pretrained(target, save_compressed=True)
-                size, bits = self._storage(Path(target))
+                size = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
+                bits = bits_per_weight(Path(target), self._shape)
         gc.collect()
         return Row(
             candidate.name,
@@ -275,19 +276,6 @@ class Bench:
             "perplexity": torch.cat(losses).mean().exp().item(),
             "perplexity_of_reference": torch.cat(reference_losses).mean().exp().item(),
         }
-
-    def _storage(self, folder: Path) -> tuple[int, float]:
-        """Bytes of the checkpoint, and bits on disk per weight of the linear layers."""
-        linear = 0
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                names = [n for n in tensors.keys() if "_proj." in n and not n.endswith("weight_shape")]  # noqa: SIM118
-                linear += sum(tensors.get_tensor(name).nbytes for name in names)
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors")), 8 * linear / self._weights()
-
-    def _weights(self) -> int:
-        with safe_open(self._reference / "model.safetensors", framework="pt") as tensors:
-            return sum(math.prod(tensors.get_slice(n).get_shape()) for n in tensors.keys() if "_proj." in n)  # noqa: SIM118
 
     def _model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._reference, dtype=torch.bfloat16).eval()

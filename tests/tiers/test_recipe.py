@@ -3,33 +3,14 @@
 import pytest
 import yaml
 
-from tiers.catalog import ModelShape
+from tiers.catalog import ModelShape, find_member
 from tiers.errors import BuildError, ConfigError
 from tiers.recipe import Recipe, find_recipe, recipes
+from tiers.source import EMBEDDED_MODEL
 from tiers.tier import TierKind
 
-LLAMA_8B = ModelShape(
-    num_hidden_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
-SMOL = ModelShape(
-    num_hidden_layers=30,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
+LLAMA_8B = find_member("Llama-3.1-8B-Instruct").shape
+SMOL = find_member(EMBEDDED_MODEL).shape
 
 
 @pytest.mark.parametrize(("shape", "size"), [(LLAMA_8B, 128), (SMOL, 64)])
