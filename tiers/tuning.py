@@ -55,12 +55,12 @@ class _GridLinear(nn.Module):
         self.register_buffer("high", half - 1 - zero)
         grouped = (*scale.shape[:2], -1)
         point = self._nearest(linear.weight.detach().float().view(grouped) / scale)
-        # Start where the original weight was, or as near to it as still rounds to the point that was chosen: from
-        # the middle between two boundaries no step would change anything for long. Just below a power of two the
-        # spacing of FP8 is half of that above.
-        reach = 0.49 * self._spacing(0.99 * point)
+        # A weight that was rounded to its nearest point starts where it was before, so that the first to move are
+        # those that were nearly rounded the other way; one that compensates for others starts on its point, safe
+        # from going back. Just below a power of two the spacing of FP8 is half of that above.
         offset = original.detach().float().view(grouped) / scale - point
-        self.register_buffer("start", point + offset.clamp(-reach, reach))
+        nearest = offset.abs() < 0.49 * self._spacing(0.99 * point)
+        self.register_buffer("start", torch.where(nearest, point + offset, point))
         self.register_buffer("spacing", self._spacing(self.start))
         self.moved = nn.Parameter(torch.zeros_like(point))
 
