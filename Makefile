@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines bench bench-recipes clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,8 +35,11 @@ imports: ## server → tiers → kernels, never back up
 test-fast: ## tests without an engine, in seconds
 	$(RUN)/pytest -m "not engine and not gpu"
 
-test-engines: ## tests on the three real engines, started once
+test-engines: ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu"
+
+test-gpu: ## tests that need an NVIDIA GPU
+	$(RUN)/pytest -m gpu
 
 bench: ## speed, size and divergence of each tier of a running server; options in ARGS
 	$(RUN)/python -m tests.bench.tiers $(ARGS)

@@ -64,6 +64,7 @@ class Environment:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         parts = {extra: project["optional-dependencies"][extra] for extra in self.extras}
         parts |= {"dependencies": project["dependencies"], "bare": self.bare_packages}
+        parts |= {"entry points": project["entry-points"], "scripts": project["scripts"]}
         parts |= {name: getattr(self, name) for name in FOUNDATIONS}
         return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in parts.items()}
 

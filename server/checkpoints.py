@@ -14,19 +14,25 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape
+from tiers.digests import DigestCache, sha256_of
 from tiers.engine import gpu_environment
 from tiers.errors import BuildError, CheckpointError
-from tiers.manifest import MANIFEST_NAME, Manifest
+from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
+from tiers.memory import weights_of
+from tiers.plan import shape_of
 from tiers.tier import Tier, TierKind
 
 
 class Checkpoints:
     """The checkpoints under one ``home``."""
 
-    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True) -> None:
+    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True, trusting: bool = True) -> None:
+        """``trusting`` takes a digest for granted as long as its file is untouched."""
         self._config = config
         self._steps = steps
         self._may_build = may_build
+        known = DigestCache(config.checkpoints / ".digests.json")
+        self._digest_of = known.sha256 if trusting else sha256_of
 
     async def prepare(self, tiers: Sequence[Tier], *, rebuild: bool = False) -> dict[str, Manifest]:
         """The verified manifest of each tier, by its name, after building those that are missing or outdated.
@@ -52,9 +58,9 @@ class Checkpoints:
     async def _ready(self, tier: Tier, reference: Manifest | None, step: Step, *, rebuild: bool) -> Manifest:
         """The tier's manifest, verified; built first if there is none, it is outdated, or ``rebuild`` asks."""
         if not rebuild and _is_finished(tier):
-            manifest = Manifest.read(tier.checkpoint)
-            if self._is_as_configured(tier, manifest, reference):
-                await verify(manifest, tier.checkpoint, lambda name: step.detail(f"verifying {name}"))
+            manifest = self._read(tier)
+            if manifest is not None and self._is_as_configured(tier, manifest, reference):
+                await self.verify(tier, manifest, lambda name: step.detail(f"verifying {name}"))
                 return manifest
             step.detail("the recipe or source has changed: building again")
         if not self._may_build:
@@ -64,6 +70,43 @@ class Checkpoints:
             )
         await self._build(tier, step)
         return Manifest.read(tier.checkpoint)
+
+    async def verify(
+        self, tier: Tier, manifest: Manifest, on_file: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """`Manifest.verify` in a thread that ends when this is cancelled: a stop need not wait for 800 GB.
+
+        Raises:
+            CheckpointError: names the tier, and the first file that is missing, extra, or not what it was.
+        """
+        over = threading.Event()
+
+        def go_on(name: str) -> None:
+            if over.is_set():
+                raise CheckpointError("the verification was interrupted.")
+            on_file(name)
+
+        try:
+            await asyncio.to_thread(manifest.verify, tier.checkpoint, go_on, self._digest_of)
+        except CheckpointError as error:
+            raise CheckpointError(f"{tier.name} is not served: {error}") from None
+        finally:
+            over.set()
+
+    def _read(self, tier: Tier) -> Manifest | None:
+        """The manifest of a finished checkpoint; None if it is too old to say what it must."""
+        try:
+            manifest = Manifest.read(tier.checkpoint)
+        except OutdatedManifest:
+            return None
+        # A folder has its recipe's name: another recipe in it was put there by hand.
+        if manifest.recipe != tier.recipe.name or manifest.precision.name != tier.kind.precision:
+            raise CheckpointError(
+                f"{tier.name} is not served: {tier.checkpoint} holds a {manifest.recipe} checkpoint "
+                f"({manifest.precision.name}) where {tier.recipe.name} belongs: put the right one back, or run "
+                "`assay build --rebuild` for this tier."
+            )
+        return manifest
 
     def _is_as_configured(self, tier: Tier, manifest: Manifest, reference: Manifest | None) -> bool:
         if manifest.source != tier.source:
@@ -82,6 +125,7 @@ class Checkpoints:
                 f"{tier.name} must be built and there is no quantization environment at {python}: "
                 "run `make install`, or set quantize_python in the config."
             )
+        _check_disk(tier)
         request = {
             "model": tier.model,
             "recipe": tier.recipe.name,
@@ -134,23 +178,19 @@ class Checkpoints:
             os.close(file)
 
 
-async def verify(manifest: Manifest, folder: Path, on_file: Callable[[str], None] = lambda name: None) -> None:
-    """`Manifest.verify` in a thread that ends when this is cancelled: a stop need not wait for 800 GB.
-
-    Raises:
-        CheckpointError: as `Manifest.verify`.
-    """
-    over = threading.Event()
-
-    def go_on(name: str) -> None:
-        if over.is_set():
-            raise CheckpointError("The verification was interrupted.")
-        on_file(name)
-
-    try:
-        await asyncio.to_thread(manifest.verify, folder, go_on)
-    finally:
-        over.set()
+def _check_disk(tier: Tier) -> None:
+    """Hold what will be written, as far as it is known before, against the room on the disk."""
+    shape = shape_of(tier)
+    if shape is None or (tier.kind is TierKind.REFERENCE and tier.source.kind == "folder"):
+        return  # a folder's weights are linked to, not copied
+    needed = weights_of(shape, tier.recipe).total
+    tier.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(tier.checkpoint.parent).free
+    if needed > free:
+        raise BuildError(
+            f"{tier.name} needs {needed / 1e9:.2f} GB and the disk that holds {tier.checkpoint.parent} has "
+            f"{free / 1e9:.2f} GB free: make room, or set `home` in the config to another disk."
+        )
 
 
 def _references_first(tiers: Sequence[Tier]) -> list[Tier]:

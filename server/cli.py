@@ -1,30 +1,32 @@
-"""`assay serve | build | tiers`: the command line. Turns errors into one sentence and an exit code."""
+"""`assay serve | plan | build | verify | tiers`: the command line; an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
 import json
-import logging
 import sys
-import urllib.error
-import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import uvloop
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
 
 import kernels
 from server.checkpoints import Checkpoints
-from server.config import Config, load_config
+from server.config import Config, ModelConfig, load_config
+from server.console import err, fetch, log_to, out, welcome
 from server.fleet import Fleet
 from server.progress import Steps
 from server.serve import serve as run_server
+from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
+from tiers.catalog import CATALOG, find_member
+from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
+from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
 from tiers.manifest import Manifest
+from tiers.placement import alone, check_hardware, together
+from tiers.recipe import recipes
 from tiers.tier import Tier, TierKind
 
 app = typer.Typer(
@@ -33,9 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -72,16 +71,82 @@ def serve(
 
     Example: assay serve --config deploy/llama-3.1-8b.yaml
     """
-    _log_to(err)
+    log_to(err)
     settings = load_config(config, host=host, port=port)
     steps = Steps(err)
 
     def announce(fleet: Fleet, url: str) -> None:
         steps.close()
-        _print_welcome(fleet, url)
+        welcome(fleet, url)
 
     with steps:
         uvloop.run(run_server(settings, steps, announce, build=build))
+
+
+def _model_names(incomplete: str) -> list[str]:
+    return [member.name for member in CATALOG if member.name.lower().startswith(incomplete.lower())]
+
+
+def _card_names(incomplete: str) -> list[str]:
+    return [card.name for card in CARDS if card.name.lower().startswith(incomplete.lower())]
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model of the catalog, such as Llama-3.1-70B-Instruct, each of its tiers with the machine to "
+            "itself; without one, the config's tiers, all together as `serve` would start them.",
+            autocompletion=_model_names,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card, such as H100, instead of this machine's.", autocompletion=_card_names),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help=f"Cards in a node; {NODE_GPUS} by default.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that a pipeline may go over; `serve` itself uses one.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=16, help="Longest prompt and answer together, instead of the config's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each tier takes, over how many GPUs, and how many requests fit; or why not, and what would.
+
+    Exits with 1 if a tier does not fit. Nothing is downloaded, built or started. All but weights and KV cache are
+    estimates.
+
+    Example: assay plan Llama-3.1-405B-Instruct --gpu H100 --count 8
+    """
+    settings = load_config(config)
+    if gpu:
+        machine = Machine.of(find_card(gpu), count or NODE_GPUS, nodes or 1)
+    elif count or nodes:
+        raise ConfigError("--count and --nodes are of a card: name it with --gpu.")
+    else:
+        machine = Machine.here(settings.backend)
+    member = find_member(model) if model else None
+    if member:
+        entry = ModelConfig(name=member.name, source=member.ids[0])
+        settings = settings.model_copy(update={"models": (entry,)})
+    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers)
+    planned = alone(tiers, machine) if member else together(tiers, machine)
+    if as_json:
+        out.print_json(planned.model_dump_json())
+    else:
+        if member:
+            size = f"{member.shape.parameters / 1e9:.1f} billion parameters"
+            out.print(f"{member.name}: {size}, {member.licence} ({member.licence_url})", soft_wrap=True)
+        out.print(f"On {planned.machine}, {'each tier by itself' if member else 'all tiers together'}:")
+        show(plan_table(planned.tiers))
+        for problem in planned.problems:
+            out.print(f"\n[red]does not fit[/]  {escape(problem)}", soft_wrap=True)
+    if planned.problems:
+        raise typer.Exit(1)
 
 
 def _tier_names(incomplete: str) -> list[str]:
@@ -99,24 +164,54 @@ def build(
     ] = None,
     config: ConfigOption = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build again even what is whole.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Describe the recipes and build nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build the tiers' checkpoints and verify them, without serving.
 
     Example: assay build Lite --rebuild
     """
-    _log_to(err)
+    if list_recipes:
+        _print_recipes(as_json=as_json)
+        return
+    log_to(err)
     settings = load_config(config)
     chosen = _choose(settings, tiers)
+    check_hardware(chosen, Machine.here(installed_backend() if settings.backend == "auto" else settings.backend))
     with Steps(err) as steps:
         manifests = asyncio.run(Checkpoints(settings, steps).prepare(chosen, rebuild=rebuild))
     if as_json:
         out.print_json(json.dumps({name: _summary(manifest) for name, manifest in manifests.items()}))
         return
-    table = _table("model", "recipe", "size", "checkpoint")
+    rows = table("model", "recipe", "bits per weight", "size", "checkpoint")
     for name, manifest in manifests.items():
-        table.add_row(name, manifest.recipe, f"{manifest.size / 1e6:.0f} MB", manifest.short_digest)
-    _show(table)
+        bits, size = f"{manifest.bits_per_weight:.2f}", f"{manifest.size / 1e6:.0f} MB"
+        rows.add_row(name, manifest.recipe, bits, size, manifest.short_digest)
+    show(rows)
+
+
+@app.command()
+def verify(
+    tiers: Annotated[
+        list[str] | None,
+        typer.Argument(help="As for `assay build`; all by default.", autocompletion=_tier_names),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Hold every file of the checkpoints against its manifest, reading all of it again; builds nothing.
+
+    `assay serve` does the same at every start, but trusts a digest as long as the file is untouched. This finds
+    what a disk lost by itself.
+
+    Example: assay verify Lite
+    """
+    log_to(err)
+    settings = load_config(config)
+    with Steps(err) as steps:
+        checkpoints = Checkpoints(settings, steps, may_build=False, trusting=False)
+        manifests = asyncio.run(checkpoints.prepare(_choose(settings, tiers)))
+    for name, manifest in manifests.items():
+        out.print(f"{name}: {len(manifest.files)} files are what their manifest says ({manifest.short_digest})")
 
 
 @app.command()
@@ -124,26 +219,34 @@ def tiers(
     url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The running server.")] = "http://127.0.0.1:8000",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the tiers of a running server: precision, checkpoint, state.
+    """Show the tiers of a running server: what each declares, what its engine was seen to compute, its state.
 
     Example: assay tiers --url http://127.0.0.1:8000 --json
     """
-    answer = _get(f"{url.rstrip('/')}/v1/tiers")
+    answer = fetch(f"{url.rstrip('/')}/v1/tiers")
     if as_json:
         out.print_json(json.dumps(answer))
         return
-    table = _table("model", "precision", "recipe", "checkpoint", "context", "state")
+    show(tiers_table(answer["data"]))
+    out.print()
+    show(parts_table(answer["data"]))
     for tier in answer["data"]:
-        state = tier["state"]
-        table.add_row(
-            tier["id"],
-            tier["precision"]["name"],
-            tier["recipe"]["name"],
-            tier["checkpoint"]["digest"][:12],
-            str(tier["context_length"]),
-            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
-        )
-    _show(table)
+        for problem in (tier["verified"] or {}).get("disagreements", ()):
+            out.print(f"[red]{tier['id']}[/]: {escape(problem)}", soft_wrap=True)
+
+
+def _print_recipes(*, as_json: bool) -> None:
+    """Each recipe with its paragraph, and whether it can be had on this machine."""
+    backend = installed_backend()
+    if as_json:
+        every = {
+            name: recipe.model_dump(mode="json") | {"not_here": recipe.why_not_on(backend, None)}
+            for name, recipe in recipes().items()
+        }
+        out.print_json(json.dumps(every))
+        return
+    for paragraph in recipe_paragraphs(backend):
+        out.print(paragraph)
 
 
 def _choose(config: Config, names: list[str] | None) -> list[Tier]:
@@ -161,58 +264,8 @@ def _choose(config: Config, names: list[str] | None) -> list[Tier]:
     return chosen
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _show(table: Table) -> None:
-    """Print every cell whole, however narrow the terminal: names are there to be copied."""
-    Console(highlight=False, width=200).print(table)
-
-
 def _summary(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(mode="json") | {"digest": manifest.digest, "size": manifest.size}
-
-
-def _get(url: str) -> Any:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url} is not an http or https address.")
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  # the scheme was just checked
-            return json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
-
-
-def _print_welcome(fleet: Fleet, url: str) -> None:
-    table = _table("model name", "precision", "recipe", "checkpoint")
-    for replica in fleet.replicas:
-        manifest = replica.manifest
-        for name in replica.tier.names:
-            table.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest)
-    _show(table)
-    body = {
-        "model": fleet.replicas[-1].tier.name,
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-    }
-    out.print(f"\n[green]ready[/] on {url}. Try:\n")
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
-    out.print(escape(curl), soft_wrap=True)
-
-
-def _log_to(console: Console) -> None:
-    handler: logging.Handler = (
-        RichHandler(console=console, show_path=False)
-        if console.is_terminal
-        else logging.StreamHandler(console.file)
-    )
-    if not console.is_terminal:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def _check_own_packages() -> None:

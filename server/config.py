@@ -87,6 +87,9 @@ class Config(BaseModel):
     drain_timeout_s: float = Field(
         default=30, ge=0, description="How long running requests may take to finish when the server stops."
     )
+    idle_after_s: float = Field(
+        default=60, gt=0, description="How long a tier with `idle: sleep` stays awake after its last request."
+    )
     models: tuple[ModelConfig, ...] = Field(default_factory=_embedded, min_length=1, description="What is served.")
 
     @model_validator(mode="after")

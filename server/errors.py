@@ -55,6 +55,27 @@ class TierUnavailable(Refusal):
         return {"retry-after": str(self.retry_after)}
 
 
+class TierNotVerified(Refusal):
+    """The tier's engine was seen to compute something else than the tier declares; it is not served."""
+
+    status, type, code = 503, "server_error", "tier_not_verified"
+
+    def __init__(self, tier: str, disagreements: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{tier} is not served, its engine does not compute what is declared: {disagreements[0]}."
+        )
+
+
+class PrecisionNotAvailable(Refusal):
+    """The caller pinned a precision that the named tier does not have; no other tier ever answers in its place."""
+
+    status, code, param = 400, "precision_not_available", "precision"
+
+    def __init__(self, pinned: str, tier: str, precision: str, elsewhere: list[str]) -> None:
+        hint = f" {' and '.join(elsewhere)} would." if elsewhere else " No tier of this model does."
+        super().__init__(f"{tier} computes in {precision} and does not answer in {pinned!r}.{hint}")
+
+
 class EngineFailed(Refusal):
     """The engine broke while it worked on this request, and is alive again or still."""
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from server.replica import Replica, State
+from server.replica import Replica
 
 
 class Fleet:
@@ -17,7 +17,7 @@ class Fleet:
     @property
     def is_ready(self) -> bool:
         """Whether every configured tier can answer."""
-        return all(replica.state is State.READY for replica in self.replicas)
+        return all(replica.can_answer for replica in self.replicas)
 
     @property
     def running(self) -> int:

@@ -37,6 +37,8 @@ class Call(msgspec.Struct):
     """What routing needs of a request body; the rest is for the engine to judge."""
 
     model: str
+    precision: str | msgspec.UnsetType | None = msgspec.UNSET
+    """Assay's own field: the precision that the caller insists on."""
 
 
 class Reply:
@@ -106,6 +108,13 @@ def parse_call(body: bytes) -> Call:
         return msgspec.json.decode(body, type=Call)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BodyRefused(f"The request body cannot be read: {error}.") from None
+
+
+def without_pin(body: bytes) -> bytes:
+    """The body without Assay's own field; every other field keeps its bytes."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    del fields["precision"]
+    return msgspec.json.encode(fields)
 
 
 async def forward(

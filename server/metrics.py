@@ -41,11 +41,30 @@ class Metrics:
         self.restarts = Counter(
             "assay_engine_restarts", "Times an engine was started again.", ["tier"], registry=self.registry
         )
+        self.verified = Gauge(
+            "assay_tier_verified",
+            "1 if the running engine was seen to compute what its checkpoint declares.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self.asleep = Gauge(
+            "assay_tier_asleep",
+            "1 while the engine has given its GPU memory back.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self.waking = Histogram(
+            "assay_wake_seconds",
+            "How long an engine took to wake for a request.",
+            ["tier"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.ready = Gauge("assay_tier_ready", "1 while the tier can answer.", ["tier"], registry=self.registry)
 
     def declare(self, tier: str) -> None:
         """Show a tier's series from the start, so that a rate over its first event is right."""
-        for gauge in (self.ready, self.running):
+        for gauge in (self.ready, self.running, self.verified, self.asleep):
             gauge.labels(tier).set(0)
         for counter in (self.left, self.broken, self.restarts):
             counter.labels(tier)

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from fastapi import APIRouter
+from msgspec import UNSET
 from pydantic import BaseModel
 
 from server.errors import Refusal
@@ -20,6 +21,7 @@ from server.forward import (
     parse_call,
     read_body,
     while_client_stays,
+    without_pin,
 )
 from server.metrics import NO_TIER, Metrics
 from server.replica import Replica
@@ -45,8 +47,12 @@ class Completions:
         left = False
         try:
             body = await read_body(receive, self._body_limit)
-            replica = self._routes.resolve(parse_call(body).model)
+            call = parse_call(body)
+            replica = self._routes.resolve(call.model)
             tier = replica.tier.name
+            if call.precision is not UNSET:
+                self._routes.check_pin(replica, call.precision)
+                body = without_pin(body)
             reply.headers += tier_headers(replica)
             request_id = scope["state"]["request_id"]
             work = forward(self._path, body, replica, reply, request_id, self._metrics)

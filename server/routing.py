@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from server.errors import ModelNotFound
+from server.errors import ModelNotFound, PrecisionNotAvailable
 from server.replica import Replica
 
 
@@ -27,3 +27,16 @@ class Routes:
             return self._by_name[name]
         except KeyError:
             raise ModelNotFound(name, self.names) from None
+
+    def check_pin(self, replica: Replica, pinned: str | None) -> None:
+        """Hold the precision that a caller insists on, if any, against that of the tier it named.
+
+        Raises:
+            PrecisionNotAvailable: the tier has another one; the sentence says which name would have it.
+        """
+        precision = replica.manifest.precision.name
+        if pinned in (None, precision):
+            return
+        same_model = {each for each in self._by_name.values() if each.tier.model == replica.tier.model}
+        elsewhere = sorted(each.tier.name for each in same_model if each.manifest.precision.name == pinned)
+        raise PrecisionNotAvailable(str(pinned), replica.tier.name, precision, elsewhere)

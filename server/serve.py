@@ -20,10 +20,12 @@ from server.fleet import Fleet
 from server.launch.local import GRACE_S
 from server.metrics import Metrics
 from server.progress import Steps
-from server.replica import Replica
+from server.replica import PrecisionRefused, Replica
+from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError
-from tiers.placement import check_context, place
+from tiers.hardware import Machine
+from tiers.placement import place
 from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
@@ -108,24 +110,36 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     tiers = config.tiers
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-    place(tiers, backend)  # before hours of building; what is not built yet counts nothing
-    manifests = await Checkpoints(config, steps, may_build=build).prepare(tiers)
+    place(tiers, Machine.here(backend))  # before hours of building
+    checkpoints = Checkpoints(config, steps, may_build=build)
+    manifests = await checkpoints.prepare(tiers)
     metrics = Metrics()
+    turns = _turns(tiers, config.idle_after_s)
     locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
     replicas = [
         Replica(
-            tier,
-            manifests[tier.name],
-            check_context(tier, backend),
+            plan.tier,
+            manifests[plan.name],
+            plan.context_length,
             backend=backend,
+            checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
             start_timeout_s=config.start_timeout_s,
-            start_locks=_start_locks(tier, backend, locks),
+            start_locks=_start_locks(plan.tier, backend, locks),
+            turns=turns.get(plan.name),
         )
-        for tier in place(tiers, backend)
+        for plan in place(tiers, Machine.here(backend))
     ]
     return Fleet(replicas), metrics
+
+
+def _turns(tiers: Sequence[Tier], idle_after_s: float) -> dict[str, Turns]:
+    """For the tiers that sleep, by name: those that share a GPU, also through others, take turns."""
+    sleepers = [tier for tier in tiers if tier.resources.idle == "sleep"]
+    groups = share([frozenset(tier.resources.gpus) for tier in sleepers])
+    made = {group: Turns(idle_after_s) for group in set(groups)}
+    return {tier.name: made[group] for tier, group in zip(sleepers, groups, strict=True)}
 
 
 def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
@@ -178,13 +192,22 @@ def _url_of(listener: socket.socket) -> str:
 
 
 async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
-    async def start(replica: Replica) -> None:
-        with steps.step(f"Engine {replica.tier.name}") as step:
-            await replica.start(step.detail)
+    """Start all at once. A tier that is refused stays out, and the others are served; none is no server."""
+
+    async def start(replica: Replica) -> PrecisionRefused | None:
+        try:
+            with steps.step(f"Engine {replica.tier.name}") as step:
+                await replica.start(step.detail)
+        except PrecisionRefused as refusal:
+            log.error("%s", refusal)  # noqa: TRY400  # the sentence says it all
+            return refusal
+        return None
 
     starts = [asyncio.create_task(start(replica)) for replica in replicas]
     try:
-        await asyncio.gather(*starts)
+        refusals = await asyncio.gather(*starts)
+        if all(refusals) and refusals[0] is not None:
+            raise refusals[0]
     finally:
         for each in starts:
             each.cancel()

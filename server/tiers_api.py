@@ -1,4 +1,4 @@
-"""GET /v1/tiers and /v1/tiers/{model}: what each tier is made of and how it fares."""
+"""GET /v1/tiers and /v1/tiers/{model}: what each tier declares, what was verified, and how it fares."""
 
 from datetime import datetime
 
@@ -9,8 +9,9 @@ from server.fleet import Fleet
 from server.replica import Replica
 from server.routing import Routes
 from tiers.manifest import Calibration
-from tiers.precision import Precision
+from tiers.precision import Precision, PrecisionName
 from tiers.source import Source
+from tiers.verification import VerifiedPrecision
 
 
 class RecipeInfo(BaseModel):
@@ -26,12 +27,14 @@ class CheckpointInfo(BaseModel):
 
     digest: str
     size_bytes: int
+    bits_per_weight: float
     created: datetime
     source: Source
     provenance: str
     revision: str | None
     reference: str | None
     calibration: Calibration | None
+    seed: int
     versions: dict[str, str]
 
 
@@ -50,7 +53,11 @@ class TierInfo(BaseModel):
     names: list[str]
     model: str
     tier: str
-    precision: Precision
+    precision: PrecisionName
+    declared: Precision
+    """What the checkpoint's manifest promises."""
+    verified: VerifiedPrecision | None
+    """What was read back from the running engine, layer by layer; null until it has been."""
     recipe: RecipeInfo
     checkpoint: CheckpointInfo
     context_length: int
@@ -67,17 +74,21 @@ class TierInfo(BaseModel):
             names=list(tier.names),
             model=tier.model,
             tier=tier.kind,
-            precision=manifest.precision,
+            precision=manifest.precision.name,
+            declared=manifest.precision,
+            verified=replica.verified,
             recipe=RecipeInfo(name=manifest.recipe, summary=tier.recipe.summary, text=manifest.recipe_text),
             checkpoint=CheckpointInfo(
                 digest=manifest.digest,
                 size_bytes=manifest.size,
+                bits_per_weight=manifest.bits_per_weight,
                 created=manifest.created,
                 source=manifest.source,
                 provenance=manifest.provenance,
                 revision=manifest.revision,
                 reference=manifest.reference,
                 calibration=manifest.calibration,
+                seed=manifest.seed,
                 versions=manifest.versions,
             ),
             context_length=replica.context_length,

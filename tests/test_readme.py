@@ -18,9 +18,20 @@ RUN_BY = {
     ".venv/bin/assay serve --config deploy/llama-3.1-8b.yaml": (
         "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
     ),
+    ".venv/bin/assay plan --config deploy/llama-3.1-8b.yaml --gpu H100 --count 1": (
+        "tests/server/test_cli.py::test_a_plan_is_of_the_configs_tiers_together_and_can_be_json"
+    ),
+    ".venv/bin/assay plan Llama-3.1-405B-Instruct --gpu H100 --count 8": (
+        "tests/server/test_cli.py::test_a_plan_that_does_not_fit_says_what_would_and_exits_with_1"
+    ),
+    ".venv/bin/assay plan Llama-3.1-70B-Instruct --gpu H100 --count 4": (
+        "tests/server/test_cli.py::test_a_plan_shows_every_tier_of_a_model_that_is_not_here"
+    ),
     ".venv/bin/assay build --config deploy/llama-3.1-8b.yaml": (
         "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
     ),
+    ".venv/bin/assay verify": "tests/server/test_cli.py::test_verifying_reads_all_of_it_and_counts_the_files",
+    ".venv/bin/assay build --list": "tests/server/test_cli.py::test_the_recipes_are_described",
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",
     ".venv/bin/assay --install-completion": "tests/server/test_cli.py::test_completion_can_be_installed",
 }

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from tiers.catalog import ModelShape
+from tiers.catalog import ModelShape, checked_shape
 from tiers.errors import AssayError, BuildError
 from tiers.manifest import Calibration, Manifest, describe_files
 from tiers.recipe import Recipe, Tuning, find_recipe
 from tiers.reference import write_reference
 from tiers.source import Source
+from tiers.weights import bits_per_weight
 
+SEED = 20311
 PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "safetensors")
 """Those whose version can change what a build writes."""
 
@@ -56,26 +58,30 @@ def build(request: BuildRequest, say: Say) -> Manifest:
     with _staged(request) as folder, _disk_errors(folder):
         if request.reference is None:
             provenance, revision = write_reference(request.source, folder, say)
+            checked_shape(folder, request.model, request.source)
             recipe_text, calibration, reference = "", None, None
         else:
             origin = Manifest.read(request.reference)
-            recipe_text = recipe.text_for(ModelShape.read(request.reference))
+            recipe_text = recipe.text_for(ModelShape.read(request.reference))  # refuses before any work
             calibration = _quantize(recipe, recipe_text, request.reference, folder, say)
             provenance, revision, reference = origin.provenance, origin.revision, origin.digest
         for file in folder.glob("*.safetensors"):
             if not file.is_symlink():
                 file.chmod(0o644)  # written for their owner alone; engines may run as another user
         say("taking digests")
+        shape = ModelShape.read(folder)
         manifest = Manifest(
             model=request.model,
             recipe=recipe.name,
             recipe_text=recipe_text,
-            precision=recipe.precision,
+            precision=recipe.precision_for(shape),
             source=request.source,
             provenance=provenance,
             revision=revision,
             reference=reference,
             calibration=calibration,
+            seed=SEED,
+            bits_per_weight=bits_per_weight(folder, shape),
             versions=_versions(),
             created=datetime.now(UTC),
             files=describe_files(folder),
@@ -91,12 +97,13 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
 
     from tiers.calibration import answered_prompts
 
+    torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say("loading the reference")
     tokenizer = AutoTokenizer.from_pretrained(reference)
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
     text = None
-    if recipe.needs_calibration:
+    if recipe.calibrated:
         say("the reference answers the calibration prompts")
         text = answered_prompts(model.to(device), tokenizer)
         model.to("cpu")  # llm-compressor moves one block at a time to the GPU by itself
@@ -127,7 +134,7 @@ def quantize(
     if text is None:
         llmcompressor.oneshot(model=model, recipe=recipe_text)
         return
-    original = copy.deepcopy(model)
+    original = copy.deepcopy(model) if tuning else None
     rows = [each.tokens for each in text.conversations]
     llmcompressor.oneshot(
         model=model,
@@ -136,7 +143,7 @@ def quantize(
         max_seq_length=max(map(len, rows)),
         num_calibration_samples=len(rows),
     )
-    if tuning:
+    if tuning and original:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tune(model.to(device), original.to(device), text.conversations, tuning, say)
         model.to("cpu")

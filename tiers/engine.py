@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiers.errors import ConfigError
+from tiers.hardware import GIB
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
 
-GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 PLUGIN = "assay"
 """The entry point of the group vllm.general_plugins in pyproject.toml; no other plugin is loaded."""
 LOCK = "tiers.probe.lock.EngineLock"
+PROBE = "tiers.probe.worker.ProbeWorker"
 
 _OURS = frozenset({
-    "api-key", "disable-uvicorn-access-log", "dtype", "enforce-eager", "gpu-memory-utilization", "host",
-    "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs", "middleware", "model", "port",
-    "served-model-name", "tensor-parallel-size", "tokenizer", "trust-remote-code", "uds",
+    "api-key", "disable-uvicorn-access-log", "dtype", "enable-sleep-mode", "enforce-eager",
+    "gpu-memory-utilization", "host", "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs",
+    "middleware", "model", "pipeline-parallel-size", "port", "served-model-name", "tensor-parallel-size",
+    "tokenizer", "trust-remote-code", "uds", "worker-extension-cls",
 })  # fmt: skip
 """What Assay sets from its own fields."""
 _MEANING = frozenset({
@@ -29,7 +31,6 @@ _MEANING = frozenset({
     "hf-config-path", "hf-overrides", "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules",
     "model-impl", "override-attention-dtype", "override-generation-config", "quantization", "revision",
     "rope-scaling", "spec-model", "speculative-config", "tokenizer-mode", "tokenizer-revision", "worker-cls",
-    "worker-extension-cls",
 })  # fmt: skip
 """What changes which numbers an engine computes: a tier is what its manifest says, and nothing else."""
 _ARGUMENT = re.compile(r"[a-z][a-z0-9.-]*")
@@ -43,6 +44,8 @@ class EngineCommand:
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    port: int
+    api_key: str
 
 
 def installed_backend() -> Backend:
@@ -75,9 +78,13 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         "dtype": "bfloat16",
         "load-format": "safetensors",
         "middleware": LOCK,
+        "worker-extension-cls": PROBE,
         "disable-uvicorn-access-log": True,
-        "tensor-parallel-size": len(resources.gpus) if backend == "cuda" else 1,
+        "tensor-parallel-size": resources.tensor_parallel if backend == "cuda" else 1,
+        "pipeline-parallel-size": resources.pipeline_parallel if backend == "cuda" else 1,
     }
+    if tier.recipe.precision.kv_cache.type == "fp8_e4m3":
+        options["kv-cache-dtype"] = "fp8_e4m3"
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length
     if resources.max_num_seqs is not None:
@@ -85,6 +92,12 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
     kv_cache_gib = resources.kv_cache_gib or (DEFAULT_CPU_KV_CACHE_GIB if backend == "cpu" else None)
     if kv_cache_gib is not None:
         options["kv-cache-memory-bytes"] = int(kv_cache_gib * GIB)
+    if resources.idle == "sleep":
+        if backend == "cpu":
+            raise ConfigError(
+                f"{tier.name}: idle: sleep gives a GPU's memory back, and this engine runs on the CPU."
+            )
+        options["enable-sleep-mode"] = True
     if backend == "cpu":
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:
@@ -108,7 +121,7 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
             arguments.append(f"--no-{name}")
         else:
             arguments.append(f"--{name}={value}")
-    return EngineCommand(tuple(arguments), _environment(tier, backend, api_key))
+    return EngineCommand(tuple(arguments), _environment(tier, backend, api_key), port, api_key)
 
 
 def gpu_environment(tier: Tier) -> dict[str, str]:

@@ -9,14 +9,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tiers.digests import sha256_of
 from tiers.errors import CheckpointError
 from tiers.precision import Precision
 from tiers.source import Source
 
 MANIFEST_NAME = "manifest.json"
-_BLOCK = 1 << 22
+FORMAT = 2
 SHORT_DIGEST = 12
 """Hex digits of a checkpoint digest that headers and tables show: 48 bits tell any two checkpoints apart."""
+
+
+class OutdatedManifest(CheckpointError):
+    """The manifest is of an earlier format; what it speaks of must be built again."""
 
 
 class FileEntry(BaseModel):
@@ -44,7 +49,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: int = 1
+    format: int = FORMAT
     model: str
     recipe: str
     recipe_text: str
@@ -57,6 +62,10 @@ class Manifest(BaseModel):
     reference: str | None = None
     """The digest of the reference checkpoint a quantized one was made from."""
     calibration: Calibration | None = None
+    seed: int
+    """What every random generator of the build began with."""
+    bits_per_weight: float
+    """Of the linear layers in the blocks: every byte that stands for them, scales and zero points too."""
     versions: dict[str, str]
     created: datetime
     files: dict[str, FileEntry]
@@ -86,11 +95,15 @@ class Manifest(BaseModel):
         """The manifest of the checkpoint in ``folder``.
 
         Raises:
+            OutdatedManifest: it was written by an earlier version of Assay.
             CheckpointError: there is none, or it cannot be read.
         """
         path = folder / MANIFEST_NAME
         try:
-            return cls.model_validate_json(path.read_bytes())
+            text = path.read_bytes()
+            if _format_of(text) < FORMAT:
+                raise OutdatedManifest(f"{path} was written by an earlier version: run `assay build`.")
+            return cls.model_validate_json(text)
         except FileNotFoundError:
             raise CheckpointError(
                 f"There is no finished checkpoint in {folder} (no {MANIFEST_NAME}): run `assay build`."
@@ -100,10 +113,16 @@ class Manifest(BaseModel):
                 f"{path} is damaged ({error.error_count()} fields are wrong): run `assay build --rebuild`."
             ) from error
 
-    def verify(self, folder: Path, on_file: Callable[[str], None] = lambda name: None) -> None:
+    def verify(
+        self,
+        folder: Path,
+        on_file: Callable[[str], None] = lambda name: None,
+        digest_of: Callable[[Path, Callable[[], None]], str] = sha256_of,
+    ) -> None:
         """Hold every file against its entry: presence and size of all first, then the digests.
 
-        ``on_file`` is called often, with the name of the file at hand; what it raises ends the work.
+        ``on_file`` is called often, with the name of the file at hand; what it raises ends the work. ``digest_of``
+        may be a cache's.
 
         Raises:
             CheckpointError: names the first file that is missing, extra, or not what it was.
@@ -121,7 +140,7 @@ class Manifest(BaseModel):
         if extra:
             raise CheckpointError(f"{folder / extra[0]} is not in the manifest: remove it, or {remedy}")
         for name, entry in self.files.items():
-            if sha256_of(folder / name, partial(on_file, name)) != entry.sha256:
+            if digest_of(folder / name, partial(on_file, name)) != entry.sha256:
                 raise CheckpointError(f"{folder / name} is damaged, its digest has changed: {remedy}")
 
 
@@ -141,11 +160,9 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
     return {name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for name, path in paths.items()}
 
 
-def sha256_of(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of a file, as hex; whatever ``on_block`` raises ends it early."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            on_block()
-            digest.update(block)
-    return digest.hexdigest()
+def _format_of(text: bytes) -> int:
+    """The manifest's format; the present one for what is no manifest at all, which is another error."""
+    try:
+        return int(json.loads(text)["format"])
+    except (ValueError, KeyError, TypeError):
+        return FORMAT

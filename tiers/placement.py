@@ -1,140 +1,207 @@
-"""Whether the engines fit: memory they need against memory there is, before any is started."""
+"""Where engines go: all tiers of a config together on one machine, or one tier with a machine to itself.
 
-import math
-import os
-import shutil
-import subprocess
+`place` is what `assay serve` obeys; `together` and `alone` are what `assay plan` shows. What does not fit carries
+the reason and what would.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import psutil
+from pydantic import BaseModel, ConfigDict
 
-from tiers.catalog import ModelShape
-from tiers.engine import DEFAULT_CPU_KV_CACHE_GIB, GIB, Backend
 from tiers.errors import PlacementError
-from tiers.tier import Tier
+from tiers.hardware import CARDS, GIB, NODE_GPUS, Machine
+from tiers.memory import Degree
+from tiers.plan import USABLE_GPU_MEMORY, TierPlan, in_ram, indivisible, on_gpus, shape_of, unsuitable
+from tiers.recipe import find_recipe
+from tiers.tier import Tier, TierKind
 
-CPU_ENGINE_OVERHEAD = int(1.7 * GIB)
-"""Three processes with PyTorch and vLLM, before weights and cache; measured on vLLM 0.32.0."""
-
-
-GPU_ENGINE_OVERHEAD = 2 * GIB
-"""CUDA context, activations and graphs of one engine on one GPU: a margin, not a measurement."""
-USABLE_GPU_MEMORY = 0.9
-"""The share of a GPU that all engines on it may take together; the rest is CUDA's own."""
-
-
-def engine_bytes(tier: Tier) -> int:
-    """RAM that one engine of ``tier`` needs on the CPU: weights, KV cache and the processes themselves."""
-    weights = _weight_bytes(tier)
-    if weights and tier.recipe.precision.name == "fp8":
-        # tiers/probe/fp8_cpu.py keeps the quantized weights once more, in FP32.
-        weights += 4 * ModelShape.read(tier.checkpoint).linear_weights
-    kv_cache = (tier.resources.kv_cache_gib or DEFAULT_CPU_KV_CACHE_GIB) * GIB
-    return weights + int(kv_cache) + CPU_ENGINE_OVERHEAD
+MOST_NODES = 4
+"""As far as a remedy goes."""
+CONTEXT_STEP = 1024
 
 
-def _weight_bytes(tier: Tier) -> int:
-    """Of the finished checkpoint; 0 while there is none."""
-    return sum(file.stat().st_size for file in tier.checkpoint.glob("*.safetensors"))
+class Plan(BaseModel):
+    """What each tier takes of a machine, and a sentence for all that does not fit."""
+
+    model_config = ConfigDict(frozen=True)
+
+    machine: str
+    tiers: tuple[TierPlan, ...]
+    problems: tuple[str, ...]
 
 
-def place(tiers: tuple[Tier, ...], backend: Backend) -> tuple[Tier, ...]:
+def place(tiers: tuple[Tier, ...], machine: Machine) -> tuple[TierPlan, ...]:
     """The tiers with their share of the machine, if all of them fit on it together.
 
     Raises:
         PlacementError: with what is needed, what there is, and what to change.
+        SourceError: a checkpoint is not the model that it is named after.
     """
-    if backend == "cuda":
-        return share_gpus(tiers)
-    needed = sum(map(engine_bytes, tiers))
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise PlacementError(
-            f"{len(tiers)} engines need {needed / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are free: "
-            "serve fewer tiers, lower kv_cache_gib, or free memory."
-        )
-    return tiers
+    plan = together(tiers, machine)
+    if plan.problems:
+        raise PlacementError(plan.problems[0])
+    return plan.tiers
 
 
-def check_context(tier: Tier, backend: Backend) -> int:
-    """The context length the engine will serve, held against what the model and its KV cache can.
+def check_hardware(tiers: Sequence[Tier], machine: Machine) -> None:
+    """Whether this machine computes what the tiers' recipes promise, asked before they are built.
 
     Raises:
-        PlacementError: the configured length is beyond the model's, or one request of it outgrows the cache.
+        PlacementError: names the tier, the recipe and the reason.
     """
-    shape = ModelShape.read(tier.checkpoint)
-    length = tier.context_length or shape.max_position_embeddings
-    if length > shape.max_position_embeddings:
-        raise PlacementError(
-            f"{tier.name}: context_length {length} is beyond the model's own {shape.max_position_embeddings}."
-        )
-    kv_cache_gib = tier.resources.kv_cache_gib or (DEFAULT_CPU_KV_CACHE_GIB if backend == "cpu" else None)
-    if kv_cache_gib is not None and shape.kv_bytes_per_token * length > kv_cache_gib * GIB:
-        needed = math.ceil(shape.kv_bytes_per_token * length / GIB * 10) / 10
-        raise PlacementError(
-            f"{tier.name}: one request of {length} tokens needs {needed} GiB of KV cache and kv_cache_gib is "
-            f"{kv_cache_gib}: raise it, or lower context_length."
-        )
-    if backend == "cuda" and kv_cache_gib is None:
-        _check_gpu_room(tier, shape.kv_bytes_per_token * length)
-    return length
+    for tier in tiers:
+        if reason := unsuitable(tier, machine.gpus):
+            raise PlacementError(f"{tier.name}: {reason}")
 
 
-def _check_gpu_room(tier: Tier, kv_bytes: int) -> None:
-    """Hold weights and the KV cache of one longest request against the tier's share of its smallest GPU."""
-    memory = gpu_memory()
-    share = tier.resources.gpu_memory or USABLE_GPU_MEMORY
-    gpus = tier.resources.gpus
-    room = share * min(memory[gpu] for gpu in gpus)
-    needed = (_weight_bytes(tier) + kv_bytes) / len(gpus) + GPU_ENGINE_OVERHEAD
-    if needed > room:
-        raise PlacementError(
-            f"{tier.name}: each of its {len(gpus)} GPUs needs {needed / GIB:.1f} GiB for weights and one "
-            f"request of the full context, and its share is {room / GIB:.1f} GiB: raise gpu_memory, add GPUs, "
-            "or lower context_length."
-        )
+def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
+    """All tiers at once, each on what the config gives it.
+
+    Raises:
+        PlacementError: a GPU does not exist, or is given away more than once over.
+        SourceError: a checkpoint is not the model that it is named after.
+    """
+    if machine.backend == "cpu":
+        plans = [in_ram(tier, machine.ram, alone=False) for tier in tiers]
+    else:
+        plans = []
+        for tier in share_gpus(tiers, machine):
+            degree = Degree(tier.resources.tensor_parallel, tier.resources.pipeline_parallel)
+            plans.append(on_gpus(tier, [machine.gpus[gpu] for gpu in tier.resources.gpus], degree))
+    return _summed_up(plans, machine, too_much_ram(plans, machine))
 
 
-def share_gpus(tiers: tuple[Tier, ...]) -> tuple[Tier, ...]:
+def alone(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
+    """Each tier with the machine to itself, on the fewest GPUs that hold one request of full length.
+
+    Raises:
+        PlacementError: there is no GPU.
+        SourceError: a checkpoint is not the model that it is named after.
+    """
+    return _summed_up([_alone(tier, machine) for tier in tiers], machine)
+
+
+def _summed_up(plans: Sequence[TierPlan], machine: Machine, problem: str | None = None) -> Plan:
+    advised = tuple(_advised(plan, machine) for plan in plans)
+    problems = ([problem] if problem else []) + [plan.sentence for plan in advised if plan.problem]
+    return Plan(machine=str(machine), tiers=advised, problems=tuple(problems))
+
+
+def too_much_ram(plans: Sequence[TierPlan], machine: Machine) -> str | None:
+    """The sentence for engines that need more RAM than a machine without GPUs has; None if they fit."""
+    needed = sum(plan.per_device.fixed + plan.kv_cache_bytes for plan in plans)
+    if machine.backend == "cuda" or needed <= machine.ram:
+        return None
+    return (
+        f"{len(plans)} engine{'s need' if len(plans) > 1 else ' needs'} {needed / GIB:.1f} GiB of memory and "
+        f"{machine.ram / GIB:.1f} GiB are free: serve fewer tiers, lower kv_cache_gib, or free memory."
+    )
+
+
+def _alone(tier: Tier, machine: Machine) -> TierPlan:
+    """The first plan that fits, or the largest one there is."""
+    if machine.backend == "cpu":
+        return in_ram(tier, machine.ram, alone=True)
+    if not machine.gpus:
+        raise PlacementError(f"{tier.name}: there is no GPU here; name a card with --gpu.")
+    free = replace(tier, resources=tier.resources.model_copy(update={"gpu_memory": None}))
+    plans = (on_gpus(free, machine.gpus, degree) for degree in _degrees(tier, machine))
+    plan = next(plans)
+    for larger in plans:
+        if plan.problem is None:
+            break
+        plan = larger
+    return plan
+
+
+def _degrees(tier: Tier, machine: Machine) -> Iterator[Degree]:
+    """From the fewest GPUs: powers of two within a node, then a pipeline over whole nodes."""
+    shape, tensor = shape_of(tier), 1
+    possible = [tensor]
+    while (tensor := tensor * 2) <= len(machine.gpus):
+        if shape is None or not indivisible(tier, shape, tensor):
+            possible.append(tensor)
+    yield from (Degree(tensor) for tensor in possible)
+    yield from (Degree(possible[-1], nodes) for nodes in range(2, machine.nodes + 1))
+
+
+def _advised(plan: TierPlan, machine: Machine) -> TierPlan:
+    """The plan with what would fit instead, if it does not."""
+    if not plan.wants_more:
+        return plan
+    return plan.model_copy(update={"remedies": tuple(_remedies(plan, machine))})
+
+
+def _remedies(plan: TierPlan, machine: Machine) -> Iterator[str]:
+    tier = plan.tier
+    if machine.backend == "cuda":
+        yield from _more_hardware(plan, machine)
+    for kind in list(TierKind)[list(TierKind).index(tier.kind) + 1 :]:
+        recipe = find_recipe(kind.default_recipe)
+        other = replace(tier, kind=kind, recipe=recipe, checkpoint=tier.checkpoint.with_name(recipe.name))
+        if not (instead := _alone(other, machine)).problem:
+            yield f"the {kind} tier here" + (f" ({instead.degree})" if instead.gpus > 1 else "")
+            break
+    per_step = plan.per_device.kv_bytes(CONTEXT_STEP)
+    if 0 < (steps := (plan.room_bytes - plan.per_device.fixed) // per_step) < plan.context_length // CONTEXT_STEP:
+        yield f"a context of {steps * CONTEXT_STEP} tokens"
+
+
+def _more_hardware(plan: TierPlan, machine: Machine) -> Iterator[str]:
+    """More of this machine, or else more of its cards, or as many larger ones."""
+    here = _alone(plan.tier, machine)
+    if not here.problem:
+        yield f"{here.gpus} GPUs to itself ({here.degree})" if here.gpus > 1 else "a GPU to itself"
+        return
+    card, count = machine.smallest, len(machine.gpus)
+    node = max(count, NODE_GPUS)
+    more = [Machine.of(card, node, nodes) for nodes in range(1, MOST_NODES + 1)]
+    larger = [Machine.of(other, count) for other in CARDS if other.memory > card.memory]
+    for machines in (more, larger):
+        for other in machines:
+            found = _alone(plan.tier, other)
+            if not found.problem:
+                over = f" over {found.pipeline_parallel} nodes" if found.pipeline_parallel > 1 else ""
+                how = f" ({found.degree})" if found.gpus > 1 else ""
+                yield f"{found.gpus} × {other.smallest.name}{over}{how}"
+                break
+
+
+def share_gpus(tiers: tuple[Tier, ...], machine: Machine) -> tuple[Tier, ...]:
     """Give every tier without ``gpu_memory`` an even part of what is left on its fullest GPU, 0.9 in all.
+
+    Tiers that sleep while idle are awake one at a time: together they count as one, and each may take its part.
+    What a sleeping engine keeps, CUDA's context, is of the tenth that nobody is given.
 
     Raises:
         PlacementError: a GPU does not exist, or is given away more than once over.
     """
-    present = len(gpu_memory())
+    present = len(machine.gpus)
     shares: dict[str, float] = {}
     for gpu in sorted({gpu for tier in tiers for gpu in tier.resources.gpus}):
         sharing = [tier for tier in tiers if gpu in tier.resources.gpus]
         names = ", ".join(tier.name for tier in sharing)
         if gpu >= present:
             raise PlacementError(f"GPU {gpu} of {names} does not exist; this machine has {present}.")
-        taken = sum(tier.resources.gpu_memory or 0 for tier in sharing)
-        waiting = [tier for tier in sharing if tier.resources.gpu_memory is None]
-        left = USABLE_GPU_MEMORY - taken
-        if taken > USABLE_GPU_MEMORY + 1e-9 or (waiting and left <= 0):
+        sleepers = [tier for tier in sharing if tier.resources.idle == "sleep"]
+        claims = [[tier] for tier in sharing if tier not in sleepers] + ([sleepers] if sleepers else [])
+        given = [max((tier.resources.gpu_memory or 0 for tier in claim), default=0) for claim in claims]
+        waiting = sum(not each for each in given)
+        left = USABLE_GPU_MEMORY - sum(given)
+        if left < -1e-9 or (waiting and left <= 0):
             raise PlacementError(
-                f"GPU {gpu}: gpu_memory of {names} adds up to {taken:.2f}, and {USABLE_GPU_MEMORY} is what "
-                "engines can have together: lower it, or give a tier other gpus."
+                f"GPU {gpu}: gpu_memory of {names} adds up to {sum(given):.2f}, and {USABLE_GPU_MEMORY} is what "
+                "engines can have together: lower it, give a tier other gpus, or let tiers sleep (`idle: sleep`)."
             )
-        for tier in waiting:
-            shares[tier.name] = min(shares.get(tier.name, 1.0), left / len(waiting))
+        for claim, part in zip(claims, given, strict=True):
+            for tier in claim:
+                if tier.resources.gpu_memory is None:
+                    share = part or left / waiting
+                    shares[tier.name] = min(shares.get(tier.name, 1.0), share)
     return tuple(
         replace(tier, resources=tier.resources.model_copy(update={"gpu_memory": round(shares[tier.name], 3)}))
         if tier.name in shares
         else tier
         for tier in tiers
     )
-
-
-def gpu_memory() -> list[int]:
-    """Bytes of each NVIDIA GPU that this process may use, in the order the config counts them."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None and not given.strip():
-        return []  # none were given to this process
-    which = [f"--id={given}"] if given else []
-    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits", *which]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return [int(line) << 20 for line in answer.stdout.split() if line.isdigit()]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiers.catalog import ModelShape
+from tiers.digests import sha256_of
 from tiers.errors import SourceError
-from tiers.manifest import sha256_of
 from tiers.source import Source
 
 Say = Callable[[str], None]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tiers.precision import PrecisionName
 from tiers.recipe import Recipe, find_recipe
@@ -42,6 +43,11 @@ class Resources(BaseModel):
     gpus: tuple[int, ...] = Field(
         default=(0,), min_length=1, description="GPU indices; more than one is tensor parallelism over them."
     )
+    pipeline_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Into how many stages the layers are cut; tensor parallelism is over the GPUs of one stage.",
+    )
     gpu_memory: float | None = Field(
         default=None,
         gt=0,
@@ -52,16 +58,34 @@ class Resources(BaseModel):
     kv_cache_gib: float | None = Field(
         default=None,
         gt=0,
-        description="KV cache in GiB. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
+        description="KV cache in GiB, on each GPU. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
     )
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="How many requests the engine runs at once; vLLM's default if absent."
+    )
+    idle: Literal["stay", "sleep"] = Field(
+        default="stay",
+        description="sleep gives the GPU's memory back while no request comes and takes it again for the next. "
+        "Of tiers on one GPU that sleep, one is awake at a time, and each may use the memory of all.",
     )
     engine_args: dict[str, str | int | float | bool] = Field(
         default_factory=dict,
         description="Further vLLM arguments by their command-line name without dashes in front, "
         "such as {enable-chunked-prefill: true}. Those that Assay sets itself are refused.",
     )
+
+    @model_validator(mode="after")
+    def _gpus_make_whole_stages(self) -> Self:
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError(f"gpus {list(self.gpus)} names one twice")
+        if len(self.gpus) % self.pipeline_parallel:
+            raise ValueError(f"{len(self.gpus)} gpus cannot be cut into {self.pipeline_parallel} pipeline stages")
+        return self
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Over how many GPUs each layer is spread."""
+        return len(self.gpus) // self.pipeline_parallel
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,9 @@ def measure(url: str, model: str | None, *, quick: bool) -> list[dict[str, Any]]
     """One row a tier."""
     tiers = openai.OpenAI(base_url=url, api_key="unused").get("/v1/tiers", cast_to=object)
     assert isinstance(tiers, dict)
-    rows = [tier for tier in tiers["data"] if model in (None, tier["model"])]
-    bench = Bench(url, rows[0]["model"], quick=quick)
+    model = model or tiers["data"][0]["model"]
+    rows = [tier for tier in tiers["data"] if tier["model"] == model]
+    bench = Bench(url, model, quick=quick)
     with Steps() as steps:
         with steps.step("the reference answers"):
             answered = bench.answers()
@@ -147,7 +148,7 @@ def measure(url: str, model: str | None, *, quick: bool) -> list[dict[str, Any]]
         table.append(
             {
                 "tier": tier["tier"],
-                "precision": tier["precision"]["name"],
+                "precision": tier["precision"],
                 "size_mb": tier["checkpoint"]["size_bytes"] / 1e6,
                 "first_token_ms": first_ms,
                 "tokens_per_s": alone,

@@ -1,4 +1,8 @@
-"""The three real engines, started once by the real command line, for every test in this folder."""
+"""The real engines, started once by the real command line, for every test in this folder.
+
+Two models in three tiers each: the embedded one, whose answers mean something, and the tiny Llama, which has what
+that one lacks.
+"""
 
 import json
 import os
@@ -17,11 +21,16 @@ import psutil
 import pytest
 
 from server.launch.local import free_port
+from tests import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 MODEL = "SmolLM2-135M-Instruct"
+LLAMA = tiny_llama.NAME
+LLAMA_CONTEXT = 9216
 TIERS = ("Reference", "Turbo", "Lite")
-START_S = 900
+ALL_TIERS = tuple(f"{model}-{tier}" for model in (MODEL, LLAMA) for tier in TIERS)
+CHECKPOINTS = ROOT / ".assay" / "checkpoints"
+START_S = 1100
 """Building the checkpoints on two cores included."""
 
 
@@ -49,7 +58,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
     def metric(self, name: str, tier: str) -> float:
-        """The value of a tier's series, its other labels summed."""
+        """The value of a series of the embedded model's tier, its other labels summed."""
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"{name}{{")]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'tier="{MODEL}-{tier}"' in line)
 
@@ -60,7 +69,7 @@ class Server:
             return False
 
     def engine(self, tier: str) -> list[psutil.Process]:
-        """The processes of a tier's engine, its API server first."""
+        """The processes of the engine of the embedded model's tier, its API server first."""
         for tether in psutil.Process(self.process.pid).children():
             if f"{MODEL}-{tier}" in tether.cmdline():
                 return tether.children(recursive=True)
@@ -86,7 +95,7 @@ def wait_until(condition: Any, seconds: float, what: str) -> float:
 
 
 @pytest.fixture(scope="session")
-def assay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def assay(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     log = folder / "serve.log"
     config = folder / "config.yaml"
@@ -104,6 +113,13 @@ models:
       Reference: {{kv_cache_gib: 0.5}}
       Turbo: {{kv_cache_gib: 0.5}}
       Lite: {{kv_cache_gib: 0.5}}
+  - name: {LLAMA}
+    source: {llama_folder}
+    context_length: {LLAMA_CONTEXT}
+    tiers:
+      Reference: {{kv_cache_gib: 0.1}}
+      Turbo: {{kv_cache_gib: 0.1}}
+      Lite: {{kv_cache_gib: 0.1}}
 """)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -115,7 +131,7 @@ models:
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
-        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "the three tiers ready")
+        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "all tiers ready")
         if process.poll() is not None:
             pytest.fail(f"assay serve ended:\n{log.read_text()}")
         server.remember_processes()

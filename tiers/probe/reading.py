@@ -1,0 +1,87 @@
+"""What an engine says of its own arithmetic. Plain data: written inside the engine, read by the gateway."""
+
+import hashlib
+from collections import Counter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from tiers.precision import NumberFormat
+
+End = Literal["embedding", "head"]
+READING_ROUTE = "/assay/reading"
+"""Where an engine answers with a list of readings, one a worker."""
+SLEEP_ROUTE = "/assay/sleep"
+WAKE_ROUTE = "/assay/wake"
+
+
+class LayerReading(BaseModel):
+    """One linear layer as it is in the memory of a worker.
+
+    ``parts`` are the checkpoint's names of what the engine has fused into it. A format that is None could not be
+    told: the probe does not know this kernel.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    parts: tuple[str, ...]
+    kernel: str
+    weights: NumberFormat | None
+    activations: NumberFormat | None
+
+
+class AttentionReading(BaseModel):
+    """The attention of one block: the backend, what it keeps of past tokens, and what queries come in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    backend: str
+    kv_cache: NumberFormat | None
+    query: NumberFormat | None
+
+
+class EngineReading(BaseModel):
+    """All of one worker. With tensor parallelism every worker has its own, of its part of each layer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rank: int
+    vllm: str
+    torch: str
+    device: str
+    model_class: str
+    layers: tuple[LayerReading, ...]
+    attention: tuple[AttentionReading, ...]
+    ends: dict[End, NumberFormat | None]
+    """Of the model's two ends, those that this worker holds: a pipeline stage may hold neither."""
+    head_kernel: str | None
+    config_hash: str
+    """vLLM's own digest of everything in its configuration that shapes the computation."""
+
+    @computed_field  # type: ignore[prop-decorator]  # as pydantic's documentation has it
+    @property
+    def fingerprint(self) -> str:
+        """A digest of versions, device, configuration and every layer: equal ones compute with the same means."""
+        fields = self.model_dump_json(exclude={"fingerprint", "rank"})
+        return hashlib.sha256(fields.encode()).hexdigest()[:16]
+
+    def summary(self) -> "list[LayerGroup]":
+        """Layers that are alike, together, the most common first."""
+        alike = Counter((layer.kernel, layer.weights, layer.activations) for layer in self.layers)
+        return [
+            LayerGroup(count=count, kernel=kernel, weights=weights, activations=activations)
+            for (kernel, weights, activations), count in alike.most_common()
+        ]
+
+
+class LayerGroup(BaseModel):
+    """How many linear layers, fused as the engine has them, run by one kernel on the same formats."""
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int
+    kernel: str
+    weights: NumberFormat | None
+    activations: NumberFormat | None

@@ -1,0 +1,44 @@
+"""The routes by which the gateway asks an engine what it computes, and sends it to sleep.
+
+An endpoint plugin of vLLM, loaded inside the engine, which listens on loopback; tiers/probe/lock.py lets only the
+holder of its key through.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+from tiers.probe.reading import READING_ROUTE, SLEEP_ROUTE, WAKE_ROUTE
+
+RPC_TIMEOUT_S = 60.0
+WEIGHTS_TO_RAM = 1
+"""vLLM's sleep level: weights are kept in RAM, the KV cache is dropped."""
+
+
+class ProbeRoutes:
+    """Adds the routes; the workers' side is `tiers.probe.worker.ProbeWorker`."""
+
+    name = "assay"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes."""
+
+        @app.get(READING_ROUTE)
+        async def reading(request: Request) -> list[dict[str, Any]]:
+            engine = request.app.state.assay_engine
+            answers: list[dict[str, Any]] = await engine.collective_rpc("assay_reading", timeout=RPC_TIMEOUT_S)
+            return answers
+
+        @app.post(SLEEP_ROUTE)
+        async def sleep(request: Request) -> None:
+            await request.app.state.assay_engine.sleep(WEIGHTS_TO_RAM, "wait")
+
+        @app.post(WAKE_ROUTE)
+        async def wake(request: Request) -> None:
+            await request.app.state.assay_engine.wake_up()
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Keep the way to the workers."""
+        state.assay_engine = engine_client
