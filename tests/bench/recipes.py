@@ -17,7 +17,9 @@ import math
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -221,14 +223,16 @@ class Bench:
             request = BuildRequest(model=EMBEDDED_MODEL, recipe="bf16", source=source, target=self._reference)
             build(request, step.detail)
         self._shape = ModelShape.read(self._reference)
-        tokenizer = AutoTokenizer.from_pretrained(self._reference)
-        with steps.step("answers to the calibration prompts"):
-            self._calibration = answered_prompts(self._model(), tokenizer)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._reference)
         with steps.step("answers to the held-out prompts"):
-            self._held_out = answered_prompts(self._model(), tokenizer, PROMPTS, SEED).conversations
+            self._held_out = answered_prompts(self._model(), self._tokenizer, PROMPTS, SEED).conversations
             exact = self._model().float()
             self._head = exact.get_output_embeddings().weight.detach()
             self._states = [_states(exact, each) for each in self._held_out]
+
+    @cached_property
+    def _calibration(self) -> CalibrationText:
+        return answered_prompts(self._model(), self._tokenizer)
 
     def measure(self, candidate: Candidate, steps: Steps) -> Row:
         """Build and measure one candidate."""
@@ -313,14 +317,19 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="the rows whose name holds this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="the rows whose name holds one of these texts")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     assert not set(PROMPTS) & set(CALIBRATION_PROMPTS), "a held-out prompt is a calibration prompt"
-    chosen = [each for each in CANDIDATES if options.only.lower() in each.name.lower()]
-    with tempfile.TemporaryDirectory() as folder, Steps() as steps:
+    chosen = [each for each in CANDIDATES if any(text.lower() in each.name.lower() for text in options.only)]
+    rows: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Steps() as steps,
+        suppress(KeyboardInterrupt),
+    ):  # shows what it has
         bench = Bench(Path(folder), steps)
-        rows = [bench.measure(each, steps) for each in chosen]
+        rows.extend(bench.measure(each, steps) for each in chosen)
     if options.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
     else:
