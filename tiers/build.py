@@ -128,9 +128,13 @@ def quantize(
     import llmcompressor
     import torch
     from datasets import Dataset
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
     from tiers.tuning import tune
 
+    if not torch.accelerator.is_available():
+        # AWQ of llm-compressor 0.14.0.1 pins its cache for a GPU, which raises where there is none.
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     if text is None:
         llmcompressor.oneshot(model=model, recipe=recipe_text)
         return

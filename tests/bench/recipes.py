@@ -1,6 +1,6 @@
 """Every recipe tried for the embedded model, side by side: divergence, bits and size, built and measured anew.
 
-usage: make bench-recipes ARGS="[--only TEXT] [--json]"
+usage: make bench-recipes ARGS="[--only NAME ...] [--json]"
 
 Runs in the quantization environment. The reference is FP32 arithmetic over the BF16 weights; a candidate
 computes in BF16 with its weights rounded and, for FP8, its activations rounded per token, by compressed-
@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -317,11 +318,11 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="the rows whose name holds one of these texts")
+    parser.add_argument("--only", nargs="*", default=["*"], help="rows by name; * stands for anything")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     assert not set(PROMPTS) & set(CALIBRATION_PROMPTS), "a held-out prompt is a calibration prompt"
-    chosen = [each for each in CANDIDATES if any(text.lower() in each.name.lower() for text in options.only)]
+    chosen = [each for each in CANDIDATES if any(fnmatch(each.name, only) for only in options.only)]
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as folder,
