@@ -61,7 +61,9 @@ class ModelConfig(BaseModel):
 
 
 def _embedded() -> tuple[ModelConfig, ...]:
-    return (ModelConfig(name=EMBEDDED_MODEL, source=f"package:{EMBEDDED_PACKAGE}"),)
+    # The nearest to the reference of those tried for this model: README.md has the table.
+    tiers = _all_tiers() | {TierKind.LITE: TierConfig(recipe="w4a16-gptq-asym-g32")}
+    return (ModelConfig(name=EMBEDDED_MODEL, source=f"package:{EMBEDDED_PACKAGE}", tiers=tiers),)
 
 
 class Config(BaseModel):

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = "SmolLM2-135M-Instruct"
 LLAMA = tiny_llama.NAME
 LLAMA_CONTEXT = 9216
+LITE_RECIPE = "w4a16-gptq-asym-g32"
+"""The embedded model's own; the tiny model's is the default, which is symmetric."""
 TIERS = ("Reference", "Turbo", "Lite")
 ALL_TIERS = tuple(f"{model}-{tier}" for model in (MODEL, LLAMA) for tier in TIERS)
 CHECKPOINTS = ROOT / ".assay" / "checkpoints"
@@ -112,7 +114,7 @@ models:
     tiers:
       Reference: {{kv_cache_gib: 0.5}}
       Turbo: {{kv_cache_gib: 0.5}}
-      Lite: {{kv_cache_gib: 0.5}}
+      Lite: {{kv_cache_gib: 0.5, recipe: {LITE_RECIPE}}}
   - name: {LLAMA}
     source: {llama_folder}
     context_length: {LLAMA_CONTEXT}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from server.launch.local import free_port
-from tests.engines.conftest import MODEL, ROOT, Server, wait_until
+from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Server, wait_until
 from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
 from tiers.recipe import find_recipe
@@ -21,7 +21,7 @@ from tiers.tier import TierKind
 
 ASSAY = str(Path(sys.executable).with_name("assay"))
 BUILT = ROOT / ".assay" / "checkpoints" / MODEL
-LITE, TURBO = TierKind.LITE.default_recipe, TierKind.TURBO.default_recipe
+LITE, TURBO = LITE_RECIPE, TierKind.TURBO.default_recipe
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from tiers.hardware import Gpu, Machine, find_card
 from tiers.manifest import Manifest, describe_files
 from tiers.placement import alone, place, together
 from tiers.plan import TierPlan
+from tiers.recipe import find_recipe
 from tiers.source import Source
 from tiers.tier import Resources, Tier
 
@@ -248,7 +249,8 @@ def test_what_does_not_fit_a_gpu_is_refused(
 
 def test_groups_are_not_cut_by_tensor_parallelism(tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 192}
-    tier = replace(three(tmp_path)[2], source=Source.parse("./m"), model="mine")
+    recipe = find_recipe("w4a16-gptq")
+    tier = replace(three(tmp_path)[2], recipe=recipe, source=Source.parse("./m"), model="mine")
     tier = checkpoint(replace(tier, resources=Resources(gpus=(0, 1))), config=CONFIG | sizes)
     with pytest.raises(
         PlacementError, match=r"groups of 64 do not divide a part of .*down_proj on each of 2 GPUs"
@@ -318,8 +320,6 @@ def test_a_checkpoint_that_will_be_built_again_counts_as_none(tmp_path: Path) ->
 
 
 def test_a_recipe_that_the_hardware_does_not_compute_is_refused_before_anything_is_known_of_the_model() -> None:
-    from tiers.recipe import find_recipe
-
     tier = Config(models=(ModelConfig(name="M", source="./nowhere"),)).tiers[1]
     block = replace(tier, recipe=find_recipe("fp8-block"), checkpoint=Path("/nowhere"))
     with pytest.raises(PlacementError, match="fp8-block is not for CPUs: vLLM's block product"):
