@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
+
 from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
@@ -111,9 +113,12 @@ class Checkpoints:
     def _is_as_configured(self, tier: Tier, manifest: Manifest, reference: Manifest | None) -> bool:
         if manifest.source != tier.source:
             return False
+        shape = ModelShape.read(tier.checkpoint)
+        if manifest.precision != tier.recipe.precision_for(shape):
+            return False
         if tier.kind is TierKind.REFERENCE:
             return True
-        same_recipe = manifest.recipe_text == tier.recipe.text_for(ModelShape.read(tier.checkpoint))
+        same_recipe = manifest.recipe_text == tier.recipe.text_for(shape)
         return same_recipe and (reference is None or manifest.reference == reference.digest)
 
     async def _build(self, tier: Tier, step: Step) -> None:
@@ -126,6 +131,7 @@ class Checkpoints:
                 "run `make install`, or set quantize_python in the config."
             )
         _check_disk(tier)
+        _check_memory(tier)
         request = {
             "model": tier.model,
             "recipe": tier.recipe.name,
@@ -183,13 +189,29 @@ def _check_disk(tier: Tier) -> None:
     shape = shape_of(tier)
     if shape is None or (tier.kind is TierKind.REFERENCE and tier.source.kind == "folder"):
         return  # a folder's weights are linked to, not copied
+    begun = tier.checkpoint.with_name(tier.checkpoint.name + ".partial")
     needed = weights_of(shape, tier.recipe).total
+    if tier.source.kind == "hub" and tier.kind is TierKind.REFERENCE:  # a download goes on where it stopped
+        needed -= sum(file.stat().st_size for file in begun.rglob("*") if file.is_file())
     tier.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(tier.checkpoint.parent).free
     if needed > free:
         raise BuildError(
             f"{tier.name} needs {needed / 1e9:.2f} GB and the disk that holds {tier.checkpoint.parent} has "
             f"{free / 1e9:.2f} GB free: make room, or set `home` in the config to another disk."
+        )
+
+
+def _check_memory(tier: Tier) -> None:
+    """Hold the reference, which is in memory whole while it is quantized, against what is free."""
+    shape = shape_of(tier)
+    if shape is None or tier.kind is TierKind.REFERENCE:
+        return
+    needed, free = weights_of(shape, tier.reference.recipe).total, psutil.virtual_memory().available
+    if needed > free:
+        raise BuildError(
+            f"{tier.name} is quantized from {needed / 1e9:.1f} GB of BF16 weights, all of it in memory, and "
+            f"{free / 1e9:.1f} GB are free: build it on a larger machine and copy the checkpoint here."
         )
 
 

@@ -29,6 +29,9 @@ _ERROR_EVENT = b'data: {"error"'
 _END = b"data: [DONE]\n\n"
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 class ClientLeft(Exception):
     """The caller closed the connection; there is nobody left to answer."""
 
@@ -106,13 +109,20 @@ def parse_call(body: bytes) -> Call:
     """
     try:
         return msgspec.json.decode(body, type=Call)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise BodyRefused(f"The request body cannot be read: {error}.") from None
 
 
 def without_pin(body: bytes) -> bytes:
-    """The body without Assay's own field; every other field keeps its bytes."""
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    """The body without Assay's own field; every other field keeps its bytes.
+
+    Raises:
+        BodyRefused: one of the other fields' names is no text.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except _UNREADABLE as error:
+        raise BodyRefused(f"The request body cannot be read: {error}.") from None
     del fields["precision"]
     return msgspec.json.encode(fields)
 

@@ -89,6 +89,8 @@ class Replica:
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
         self._ends: set[asyncio.Timeout] = set()
+        self._waiting = 0
+        """Requests that wait for the engine to wake or that it works on, where it may sleep."""
         self._last_start_s = GUESSED_START_S
         self._due = 0.0
         metrics.declare(tier.name)
@@ -112,8 +114,10 @@ class Replica:
                 await turn.enter_async_context(self._turns.starting(self))
             try:
                 await self._start(say)
-            except PrecisionRefused:
-                self._become(State.REFUSED)
+            except Exception as error:
+                # Before the turn is passed on: whoever comes next needs the memory.
+                if isinstance(error, PrecisionRefused):
+                    self._become(State.REFUSED)
                 await self._end_engine()
                 raise
 
@@ -122,6 +126,8 @@ class Replica:
             await self._verify_checkpoint()
         else:
             self._become(State.STARTING)
+        self.verified = None
+        self._metrics.verified.labels(self.tier.name).set(0)
         began = time.monotonic()
         self._due = began + self._last_start_s
         command = engine_command(self.tier, self._backend, free_port(), secrets.token_urlsafe(32))
@@ -187,10 +193,12 @@ class Replica:
             TierNotVerified: it was refused.
             TimeoutError: out of the block, when the engine is taken away meanwhile.
         """
-        if not self.can_answer:
+        if not self.can_answer or (self._turns and self._turns.is_starting):
             raise self.unavailable()
         async with AsyncExitStack() as turn:
             if self._turns:
+                self._waiting += 1
+                turn.callback(self._leave)
                 try:
                     await turn.enter_async_context(self._turns.awake(self))
                 except EngineNotStarted as error:
@@ -198,6 +206,9 @@ class Replica:
             if self.state is not State.READY or self._engine is None:
                 raise self.unavailable()
             yield await turn.enter_async_context(self._place(self._engine))
+
+    def _leave(self) -> None:
+        self._waiting -= 1
 
     @asynccontextmanager
     async def _place(self, engine: Engine) -> AsyncIterator[aiohttp.ClientSession]:
@@ -214,7 +225,7 @@ class Replica:
             running.dec()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back until `wake`; an engine that cannot is started again."""
+        """Give the GPU's memory back until `wake`; an engine that cannot is ended, and started again."""
         if self.state is State.READY and self._engine is not None:
             self._become(State.ASLEEP)
             try:
@@ -222,6 +233,8 @@ class Replica:
             except EngineNotStarted as error:
                 log.error("%s", error)  # noqa: TRY400  # the sentence says it all
                 self._fail()
+        if self.state is not State.ASLEEP:
+            await self._end_engine()  # it failed just now, or a moment ago: its memory is wanted
 
     async def wake(self) -> None:
         """Take the GPU's memory again; an engine that cannot is started again."""
@@ -233,12 +246,13 @@ class Replica:
                 self._fail()
                 raise
             self._metrics.waking.labels(self.tier.name).observe(time.monotonic() - began)
-            self._become(State.READY)
+            if self.state is State.ASLEEP:  # and was not stopped meanwhile
+                self._become(State.READY)
 
     @property
     def running(self) -> int:
-        """Requests that the engine works on now."""
-        return len(self._ends)
+        """Requests that the engine works on now, or that wait for it to wake."""
+        return max(len(self._ends), self._waiting)
 
     def unavailable(self) -> Refusal:
         """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
@@ -258,6 +272,8 @@ class Replica:
 
     def _fail(self) -> None:
         """Out of service; the keeper starts it again."""
+        if self.state in (State.STOPPED, State.REFUSED):
+            return
         self._due = time.monotonic() + FIRST_BACKOFF_S + self._last_start_s
         self._become(State.RESTARTING)
         self._failed.set()

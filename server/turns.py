@@ -31,6 +31,8 @@ class Turns:
         self._awake: Sleeper | None = None
         self._change: asyncio.Task[None] | None = None
         """The last falling asleep or waking up, which goes on when whoever asked for it has left."""
+        self.is_starting = False
+        """Whether an engine is starting, which takes minutes: who comes meanwhile is better told so."""
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -55,9 +57,13 @@ class Turns:
     async def starting(self, sleeper: Sleeper) -> AsyncIterator[None]:
         """Have all the memory within the block; ``sleeper`` is awake after it, unless it raises."""
         async with self._door:
-            self.forget(sleeper)
-            await self._make_room()
-            yield
+            self.is_starting = True
+            try:
+                self.forget(sleeper)
+                await self._make_room()
+                yield
+            finally:
+                self.is_starting = False
             self._awake = sleeper
             self._use()
         self._leave()

@@ -98,15 +98,18 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
     from tiers.calibration import answered_prompts
 
     torch.manual_seed(SEED)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    say("loading the reference")
     tokenizer = AutoTokenizer.from_pretrained(reference)
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
     text = None
     if recipe.calibrated:
         say("the reference answers the calibration prompts")
-        text = answered_prompts(model.to(device), tokenizer)
-        model.to("cpu")  # llm-compressor moves one block at a time to the GPU by itself
+        # On all GPUs that the tier has, and in RAM what they do not hold.
+        where = "auto" if torch.cuda.is_available() else "cpu"
+        answering = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16, device_map=where)
+        text = answered_prompts(answering, tokenizer)
+        del answering
+    say("loading the reference")
+    # In RAM: llm-compressor moves one block at a time to the GPU by itself.
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
     say(f"quantizing: {recipe.name}")
     quantize(model, recipe_text, recipe.tuning, text, say)
     say("writing safetensors")

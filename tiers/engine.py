@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import re
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -19,21 +18,17 @@ PLUGIN = "assay"
 LOCK = "tiers.probe.lock.EngineLock"
 PROBE = "tiers.probe.worker.ProbeWorker"
 
-_OURS = frozenset({
-    "api-key", "disable-uvicorn-access-log", "dtype", "enable-sleep-mode", "enforce-eager",
-    "gpu-memory-utilization", "host", "kv-cache-memory-bytes", "load-format", "max-model-len", "max-num-seqs",
-    "middleware", "model", "pipeline-parallel-size", "port", "served-model-name", "tensor-parallel-size",
-    "tokenizer", "trust-remote-code", "uds", "worker-extension-cls",
+_ARGUMENTS = frozenset({
+    "async-scheduling", "block-size", "cpu-offload-gb", "cudagraph-capture-sizes", "disable-cascade-attn",
+    "disable-log-stats", "enable-auto-tool-choice", "enable-chunked-prefill", "enable-log-requests",
+    "enable-prefix-caching", "enable-prompt-tokens-details", "enable-request-id-headers", "log-config-file",
+    "long-prefill-token-threshold", "max-cudagraph-capture-size", "max-log-len", "max-logprobs",
+    "max-num-batched-tokens", "max-parallel-loading-workers", "num-gpu-blocks-override",
+    "prefix-caching-hash-algo", "safetensors-load-strategy", "stream-interval", "tool-call-parser",
+    "uvicorn-log-level",
 })  # fmt: skip
-"""What Assay sets from its own fields."""
-_MEANING = frozenset({
-    "calculate-kv-scales", "chat-template", "code-revision", "config", "config-format", "generation-config",
-    "hf-config-path", "hf-overrides", "hf-token", "kv-cache-dtype", "logits-processors", "lora-modules",
-    "model-impl", "override-attention-dtype", "override-generation-config", "quantization", "revision",
-    "rope-scaling", "spec-model", "speculative-config", "tokenizer-mode", "tokenizer-revision", "worker-cls",
-})  # fmt: skip
-"""What changes which numbers an engine computes: a tier is what its manifest says, and nothing else."""
-_ARGUMENT = re.compile(r"[a-z][a-z0-9.-]*")
+"""What ``engine_args`` may set: speed, memory, logs and tools. Everything else Assay sets from its own fields, or
+would change which numbers an engine computes: a tier is what its manifest says, and nothing else."""
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
@@ -85,6 +80,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
     }
     if tier.recipe.precision.kv_cache.type == "fp8_e4m3":
         options["kv-cache-dtype"] = "fp8_e4m3"
+        if backend == "cuda" and tier.recipe.precision.attention.type == "bf16":
+            options["attention-backend"] = "FLASHINFER"  # on Ada the only one that leaves queries in BF16
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length
     if resources.max_num_seqs is not None:
@@ -104,12 +101,10 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         options["gpu-memory-utilization"] = resources.gpu_memory
     further = {name.strip("-").replace("_", "-"): value for name, value in resources.engine_args.items()}
     for name in further:
-        # vLLM's parser takes any unambiguous beginning of a name for the whole, and dots into a JSON value.
-        plain = name.split(".")[0].removeprefix("no-")
-        if not _ARGUMENT.fullmatch(name) or any(ours.startswith(plain) for ours in _OURS | _MEANING):
+        if name.removeprefix("no-") not in _ARGUMENTS:
             raise ConfigError(
                 f"{tier.name}: engine_args may not set {name}; use the tier's own fields for what Assay sets "
-                "itself, and a recipe for what the engine computes."
+                f"itself, and a recipe for what the engine computes. It may set {', '.join(sorted(_ARGUMENTS))}."
             )
     options |= further
     arguments = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
@@ -151,6 +146,8 @@ def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
     }
     if backend == "cuda":
         environment |= gpu_environment(tier)
+        # Where DeepGEMM is there, vLLM rounds block-quantized weights once more, to scales that are powers of two.
+        environment["VLLM_USE_DEEP_GEMM_E8M0"] = "0"
     else:
         # vLLM's own binding puts every engine's threads on the same cores, the first ones of a NUMA node.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -51,6 +51,9 @@ class Recipe(BaseModel):
     group_sizes: tuple[int, ...] = Field(default=GROUP_SIZES, description="Those to choose from, in this order.")
     multiple_of: int = Field(default=1, description="What must divide both widths of every linear layer.")
     compute_capability: float = Field(default=0, description="The least that an NVIDIA GPU must have to run it.")
+    below_capability: float | None = Field(
+        default=None, description="The compute capability from which on a GPU computes something else."
+    )
     not_on_cpu: str | None = Field(default=None, description="Why CPUs do not compute what it promises.")
     tuning: Tuning | None = Field(default=None, description="Gradient steps that follow; they need calibration.")
 
@@ -82,10 +85,17 @@ class Recipe(BaseModel):
         """Why this hardware does not compute what the recipe promises; None where nothing speaks against it."""
         if backend == "cpu":
             return self.not_on_cpu
-        if compute_capability is not None and compute_capability < self.compute_capability:
+        if compute_capability is None:
+            return None
+        if compute_capability < self.compute_capability:
             return (
                 f"it needs a GPU of compute capability {self.compute_capability}, and this one has "
                 f"{compute_capability}"
+            )
+        if self.below_capability is not None and compute_capability >= self.below_capability:
+            return (
+                f"from compute capability {self.below_capability} on vLLM attends in other formats, and "
+                f"this GPU has {compute_capability}"
             )
         return None
 

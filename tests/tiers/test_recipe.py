@@ -64,6 +64,9 @@ def test_hardware_that_computes_something_else_is_named() -> None:
     assert "8.9" in str(find_recipe("fp8-dynamic").why_not_on("cuda", 8.0))
     assert find_recipe("fp8-dynamic").why_not_on("cuda", 8.9) is None
     assert "9.0" in str(find_recipe("fp8-attention").why_not_on("cuda", 8.9))
+    assert "other formats" in str(find_recipe("fp8-kv").why_not_on("cuda", 9.0))
+    assert find_recipe("fp8-kv").why_not_on("cuda", 8.9) is None
+    assert find_recipe("fp8-kv").why_not_on("cpu", None) is None
     assert find_recipe("w4a16-gptq").why_not_on("cpu", None) is None
 
 

@@ -53,6 +53,7 @@ def reading(precision: Precision, rank: int = 0) -> EngineReading:
         ends={"embedding": IN_BF16, "head": precision.head},
         head_kernel="mm",
         config_hash="1",
+        environment_hash="2",
     )
 
 

@@ -59,6 +59,8 @@ class EngineReading(BaseModel):
     head_kernel: str | None
     config_hash: str
     """vLLM's own digest of everything in its configuration that shapes the computation."""
+    environment_hash: str
+    """Of the variables by which an operator can tell vLLM something."""
 
     @computed_field  # type: ignore[prop-decorator]  # as pydantic's documentation has it
     @property

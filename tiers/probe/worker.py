@@ -5,6 +5,8 @@ chooses kernels by hardware and environment, and some of them compute something 
 Written against vLLM 0.32.0.
 """
 
+import hashlib
+import os
 from typing import Any
 
 import torch
@@ -78,8 +80,16 @@ class ProbeWorker:
             ends={end: _plain(layer) for end, layer in ends.items() if layer is not None},
             head_kernel=None if head is None else _gemm(head),
             config_hash=self.vllm_config.compute_hash(),
+            environment_hash=_environment_hash(),
         )
         return reading.model_dump(mode="json")
+
+
+def _environment_hash() -> str:
+    """Of every variable that tells vLLM something, but for the key and the port, which differ at each start."""
+    told = sorted((name, value) for name, value in os.environ.items() if name.startswith("VLLM_"))
+    lasting = [pair for pair in told if pair[0] not in ("VLLM_API_KEY", "VLLM_PORT")]
+    return hashlib.sha256(repr(lasting).encode()).hexdigest()[:16]
 
 
 def read_linear(name: str, layer: nn.Module, fused: dict[str, list[str]]) -> LayerReading:
@@ -116,9 +126,21 @@ def read_attention(name: str, attention: Any) -> AttentionReading:
         kv_cache = kept if cache in (torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2) else None
     else:
         kv_cache = _format(cache)
-    quantizes = attention.query_quant is not None
-    query = NumberFormat(type="fp8_e4m3", scale="tensor") if quantizes else _format(attention.dtype)
+    query: NumberFormat | None
+    if attention.query_quant is not None:
+        query = NumberFormat(type="fp8_e4m3", scale="tensor")
+    elif _hides_query(attention):
+        query = None
+    else:
+        query = _format(attention.dtype)
     return AttentionReading(name=name, backend=attention.backend.name, kv_cache=kv_cache, query=query)
+
+
+def _hides_query(attention: Any) -> bool:
+    """FlashInfer quantizes queries to an FP8 cache by itself, except on GPUs that cannot multiply FP8 there."""
+    if attention.backend.name != "FLASHINFER" or not attention.kv_cache_dtype.startswith("fp8"):
+        return False
+    return not (current_platform.is_device_capability(89) or current_platform.is_device_capability_family(120))
 
 
 def _fp8_weights(layer: Any, kernel: Any) -> NumberFormat | None:
@@ -127,15 +149,15 @@ def _fp8_weights(layer: Any, kernel: Any) -> NumberFormat | None:
     # Marlin repacks FP8 into integers; then only the key says what they are.
     number = _TYPES.get(key.dtype if stored is torch.int32 else stored)
     shape = key.scale.group_shape
-    if number is None:
-        return None
+    if number is None or getattr(kernel, "use_deep_gemm_e8m0", False):
+        return None  # with E8M0 scales vLLM rounds the weights once more while loading
+    if shape.row == shape.col > 1:
+        return NumberFormat(type=number, scale="block", size=shape.row)
     scales = _scales_of(layer).numel()
     if scales == 1:
         return NumberFormat(type=number, scale="tensor")
     if scales == layer.output_size_per_partition:
         return NumberFormat(type=number, scale="channel")
-    if shape.row == shape.col:
-        return NumberFormat(type=number, scale="block", size=shape.row)
     return None
 
 
@@ -164,9 +186,11 @@ def _grouped_weights(layer: Any, kernel: Any) -> NumberFormat | None:
     config = kernel.config
     if config.weight_type.size_bits != 4:
         return None
-    groups = getattr(layer, kernel.w_s_name).numel() // layer.output_size_per_partition
-    size = layer.input_size_per_partition // groups
-    return NumberFormat(type="int4", scale="group", size=size, symmetric=not config.zero_points)
+    symmetric = not config.zero_points
+    if config.group_size == -1:
+        return NumberFormat(type="int4", scale="channel", symmetric=symmetric)
+    # Not from the scales in memory: Marlin pads them, and some kernels interleave them.
+    return NumberFormat(type="int4", scale="group", size=config.group_size, symmetric=symmetric)
 
 
 def _grouped_activations(layer: Any, kernel: Any) -> NumberFormat | None:
