@@ -5,7 +5,6 @@ to standard output: what it does, then either ``done`` or the sentence of the er
 libraries print goes to standard error.
 """
 
-import copy
 import errno
 import importlib.metadata
 import json
@@ -23,7 +22,7 @@ from pydantic import BaseModel
 from tiers.catalog import ModelShape, checked_shape
 from tiers.errors import AssayError, BuildError
 from tiers.manifest import Calibration, Manifest, describe_files
-from tiers.recipe import Recipe, Tuning, find_recipe
+from tiers.recipe import Recipe, find_recipe
 from tiers.reference import write_reference
 from tiers.source import Source
 from tiers.weights import bits_per_weight
@@ -111,7 +110,7 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
     # In RAM: llm-compressor moves one block at a time to the GPU by itself.
     model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)
     say(f"quantizing: {recipe.name}")
-    quantize(model, recipe_text, recipe.tuning, text, say)
+    quantize(model, recipe_text, text)
     say("writing safetensors")
     model.save_pretrained(folder, save_compressed=True)
     # The reference's own tokenizer files, not a rewritten set: every tier must see the same tokens.
@@ -121,19 +120,12 @@ def _quantize(recipe: Recipe, recipe_text: str, reference: Path, folder: Path, s
     return text.entry if text else None
 
 
-def quantize(
-    model: Any, recipe_text: str, tuning: Tuning | None, text: "CalibrationText | None", say: Say
-) -> None:
-    """Quantize ``model`` in place as the recipe's text says, then tune it if the recipe has a tuning.
-
-    ``text`` is None for a recipe that needs no calibration.
-    """
+def quantize(model: Any, recipe_text: str, text: "CalibrationText | None") -> None:
+    """Quantize ``model`` in place as the recipe says; ``text`` is None for one that needs no calibration."""
     import llmcompressor
     import torch
     from datasets import Dataset
     from llmcompressor.pipelines.cache import IntermediatesCache
-
-    from tiers.tuning import tune
 
     if not torch.accelerator.is_available():
         # AWQ of llm-compressor 0.14.0.1 pins its cache for a GPU, which raises where there is none.
@@ -141,7 +133,6 @@ def quantize(
     if text is None:
         llmcompressor.oneshot(model=model, recipe=recipe_text)
         return
-    original = copy.deepcopy(model) if tuning else None
     rows = [each.tokens for each in text.conversations]
     llmcompressor.oneshot(
         model=model,
@@ -150,10 +141,6 @@ def quantize(
         max_seq_length=max(map(len, rows)),
         num_calibration_samples=len(rows),
     )
-    if tuning and original:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tune(model.to(device), original.to(device), text.conversations, tuning, say)
-        model.to("cpu")
 
 
 @contextmanager

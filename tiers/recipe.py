@@ -15,25 +15,6 @@ GROUP_SIZES = (128, 64, 32)
 """Tried from the coarsest: fewer scales, faster kernels; the first that divides every layer is taken."""
 
 
-class Tuning(BaseModel):
-    """Gradient steps that follow a recipe's rounding; tiers/tuning.py takes them."""
-
-    model_config = ConfigDict(frozen=True)
-
-    steps: int
-    batch: int = 16
-    """Conversations a step."""
-    learning_rate: float
-    """The farthest a weight moves in one step, in steps of its grid."""
-    seed: int = 20311
-
-    def __str__(self) -> str:
-        return (
-            f"{self.steps} steps of Adam on KL(reference ‖ model) through the rounding, "
-            f"{self.batch} conversations a step, learning rate {self.learning_rate} grid steps, seed {self.seed}"
-        )
-
-
 class Recipe(BaseModel):
     """A named way to make a checkpoint."""
 
@@ -55,17 +36,15 @@ class Recipe(BaseModel):
         default=None, description="The compute capability from which on a GPU computes something else."
     )
     not_on_cpu: str | None = Field(default=None, description="Why CPUs do not compute what it promises.")
-    tuning: Tuning | None = Field(default=None, description="Gradient steps that follow; they need calibration.")
 
     def text_for(self, shape: ModelShape) -> str:
-        """The whole recipe for a model of this shape: what llm-compressor reads, and the tuning as a comment.
+        """The recipe as llm-compressor reads it, for a model of this shape.
 
         Raises:
             BuildError: the model's widths cannot be quantized this way.
         """
         self._check_widths(shape)
-        text = self._fill(self.modifiers, shape)
-        return f"{text}# then tuned (tiers/tuning.py): {self.tuning}\n" if self.tuning else text
+        return self._fill(self.modifiers, shape)
 
     def precision_for(self, shape: ModelShape) -> Precision:
         """What comes out for a model of this shape.

@@ -37,7 +37,6 @@ from tiers.build import BuildRequest, build, quantize
 from tiers.calibration import PROMPTS as CALIBRATION_PROMPTS
 from tiers.calibration import CalibrationText, Conversation, answered_prompts
 from tiers.catalog import ModelShape
-from tiers.recipe import Tuning
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
 from tiers.weights import bits_per_weight
 
@@ -97,17 +96,15 @@ STAGE = "default_stage", "default_modifiers"
 HEAD = {"targets": ["Linear"], "ignore": ["lm_head"]}
 GPTQ = {"dampening_frac": 0.01, "actorder": "static"}
 PER_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-TUNED = Tuning(steps=32, learning_rate=0.004)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One row: llm-compressor's modifiers in order, whether they calibrate, and what follows."""
 
     name: str
     modifiers: dict[str, dict[str, Any]]
     calibrates: bool = True
-    tuning: Tuning | None = None
 
     @property
     def text(self) -> str:
@@ -168,10 +165,6 @@ CANDIDATES = (
     Candidate(
         "INT4 SmoothQuant + GPTQ g32 asym", {"SmoothQuantModifier": SMOOTH, "GPTQModifier": int4(32, False) | GPTQ}
     ),
-    # The distribution itself as the aim.
-    Candidate("INT4 RTN g32 asym MSE, tuned", {"QuantizationModifier": int4(32, False, **MSE)}, tuning=TUNED),
-    Candidate("INT4 GPTQ g32 sym MSE, tuned", {"GPTQModifier": int4(32, True, **MSE) | GPTQ}, tuning=TUNED),
-    Candidate("INT4 GPTQ g32 asym, tuned", {"GPTQModifier": int4(32, False) | GPTQ}, tuning=TUNED),
     # FP8.
     Candidate("FP8 dynamic", {"QuantizationModifier": fp8()}, calibrates=False),
     Candidate("FP8 dynamic MSE", {"QuantizationModifier": fp8(**MSE)}, calibrates=False),
@@ -191,7 +184,6 @@ CANDIDATES = (
     ),
     Candidate("FP8 SmoothQuant", {"SmoothQuantModifier": SMOOTH, "QuantizationModifier": fp8()}),
     Candidate("FP8 GPTQ", {"GPTQModifier": fp8()}),
-    Candidate("FP8 GPTQ, tuned", {"GPTQModifier": fp8()}, tuning=Tuning(steps=32, learning_rate=0.001)),
 )
 
 
@@ -201,7 +193,6 @@ class Row:
 
     recipe: str
     text: str
-    tuning: str | None = None
     bits_per_linear_weight: float = math.nan
     size_mb: float = math.nan
     kl: float = math.nan
@@ -237,15 +228,14 @@ class Bench:
 
     def measure(self, candidate: Candidate, steps: Steps) -> Row:
         """Build and measure one candidate."""
-        tuning = str(candidate.tuning) if candidate.tuning else None
         began = time.monotonic()
         with steps.step(candidate.name) as step:
             model = self._model()
             text: CalibrationText | None = self._calibration if candidate.calibrates else None
             try:
-                quantize(model, candidate.text, candidate.tuning, text, step.detail)
+                quantize(model, candidate.text, text)
             except (ValueError, RuntimeError) as error:  # a recipe that does not fit the model is a row as well
-                return Row(candidate.name, candidate.text, tuning, problem=str(error).splitlines()[0])
+                return Row(candidate.name, candidate.text, problem=str(error).splitlines()[0])
             seconds = time.monotonic() - began
             step.detail("measuring")
             measured = self._divergence(model)
@@ -257,7 +247,6 @@ class Bench:
         return Row(
             candidate.name,
             candidate.text,
-            tuning,
             bits_per_linear_weight=bits,
             size_mb=size / 1e6,
             seconds=seconds,
@@ -318,11 +307,11 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["*"], help="rows by name; * stands for anything")
+    parser.add_argument("--only", nargs="*", default=["*"], help="rows by name, in this order; * is anything")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     assert not set(PROMPTS) & set(CALIBRATION_PROMPTS), "a held-out prompt is a calibration prompt"
-    chosen = [each for each in CANDIDATES if any(fnmatch(each.name, only) for only in options.only)]
+    chosen = dict.fromkeys(each for only in options.only for each in CANDIDATES if fnmatch(each.name, only))
     rows: list[Row] = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -330,7 +319,9 @@ def main() -> None:
         suppress(KeyboardInterrupt),
     ):  # shows what it has
         bench = Bench(Path(folder), steps)
-        rows.extend(bench.measure(each, steps) for each in chosen)
+        for each in chosen:
+            rows.append(row := bench.measure(each, steps))  # an interrupted run keeps its rows
+            steps.console.print(f"  KL {row.kl:.4f}, top-1 {row.top1_agreement:.1%}")
     if options.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
     else:
