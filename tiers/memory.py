@@ -18,8 +18,8 @@ from tiers.recipe import Recipe
 from tiers.storage import bits, bytes_of, stored
 from tiers.tier import Resources
 
-CPU_ENGINE_OVERHEAD = int(1.7 * GIB)
-"""Three processes with PyTorch and vLLM, before weights and cache; measured on vLLM 0.32.0."""
+CPU_ENGINE_OVERHEAD = int(2.2 * GIB)
+"""Three processes with PyTorch and vLLM, before weights and cache; their proportional set size on vLLM 0.32.0."""
 CUDA_OVERHEAD = GIB
 """CUDA's context, its libraries' workspaces and what the driver keeps of the card: a margin, not a measurement."""
 NCCL_OVERHEAD = GIB

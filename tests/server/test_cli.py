@@ -257,6 +257,18 @@ def test_verifying_reads_all_of_it_and_counts_the_files(here: Here, tmp_path: Pa
     assert "SmolLM2-135M-Instruct-Reference is not served" in err
 
 
+def test_a_manifest_that_declares_less_than_its_recipe_is_not_taken(here: Here, tmp_path: Path) -> None:
+    """One that says the FP8 tier's activations are BF16 would otherwise be verified against itself."""
+    checkpoint(tmp_path / ".assay")
+    path = tmp_path / ".assay/checkpoints/SmolLM2-135M-Instruct/bf16/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["precision"]["kv_cache"] = {"type": "fp8_e4m3", "scale": "tensor"}
+    path.write_text(json.dumps(manifest))
+    code, _, err = here("verify", "Reference")
+    assert code == 1
+    assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference that fits the config" in err
+
+
 def test_the_recipes_are_described(here: Here) -> None:
     code, out, _ = here("build", "--list")
     assert code == 0

@@ -60,6 +60,15 @@ async def test_null_is_no_pin_and_a_number_is_refused(gateway: Gateway) -> None:
     assert (await gateway.post(b"{" + REFERENCE + b', "precision":16}')).status == 400
 
 
+@pytest.mark.parametrize("rest", [b'"\xff": 1', b'"x": ' + b"[" * 100_000])
+async def test_a_pin_in_a_body_that_cannot_be_read_is_refused(gateway: Gateway, rest: bytes) -> None:
+    says(gateway)
+    answer = await gateway.post(b"{" + REFERENCE + b', "precision":"bf16", ' + rest + b"}")
+    assert answer.status == 400
+    assert "cannot be read" in error_of(answer)["message"]
+    assert gateway.seen == []
+
+
 async def test_a_pin_given_twice_is_removed_twice(gateway: Gateway) -> None:
     """The last one counts, as for every JSON reader, and the engine sees neither."""
     says(gateway)

@@ -8,6 +8,7 @@ from aiohttp import web
 from server.replica import State
 from server.turns import Turns
 from tests.server.conftest import Gateway
+from tests.server.test_turns import Bed, Memory
 from tiers.probe.reading import SLEEP_ROUTE, WAKE_ROUTE
 
 
@@ -55,3 +56,48 @@ async def test_a_tier_that_cannot_wake_is_unavailable_and_started_again(gateway:
     assert answer.status == 503
     assert json.loads(answer.body)["error"]["code"] == "tier_unavailable"
     assert gateway.replica.state is State.RESTARTING
+
+
+async def test_while_an_engine_of_the_group_starts_a_caller_is_told_so(gateway: Gateway) -> None:
+    """It takes minutes; nobody should hang for so long."""
+    gateway.handler = answers
+    turns = Turns(60)
+    gateway.replica.take_turns(turns)
+    other = Bed("other", Memory())
+    async with turns.starting(other):
+        answer = await gateway.post()
+    assert answer.status == 503
+    assert "retry-after" in answer.headers
+    turns.close()
+
+
+async def test_a_request_that_waits_for_its_engine_to_wake_counts_as_running(gateway: Gateway) -> None:
+    """A stop lets it finish."""
+    waking = asyncio.Event()
+
+    async def slow_to_wake(request: web.Request) -> web.StreamResponse:
+        if request.path == WAKE_ROUTE:
+            await waking.wait()
+        return web.json_response({"id": "x"})
+
+    gateway.handler = slow_to_wake
+    gateway.replica.take_turns(Turns(60))
+    await gateway.replica.sleep()
+    request = asyncio.create_task(gateway.post())
+    async with asyncio.timeout(5):
+        while not gateway.replica.running:
+            await asyncio.sleep(0.01)
+    waking.set()
+    assert (await request).status == 200
+    assert gateway.replica.running == 0
+
+
+async def test_an_engine_that_cannot_sleep_is_ended_for_its_memory_is_wanted(gateway: Gateway) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=500 if request.path == SLEEP_ROUTE else 200)
+
+    gateway.handler = handler
+    await gateway.replica.sleep()
+    assert gateway.replica.state is State.RESTARTING
+    assert (await gateway.post()).status == 503
+    assert paths(gateway) == [SLEEP_ROUTE]
