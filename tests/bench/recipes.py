@@ -234,11 +234,11 @@ class Bench:
             text: CalibrationText | None = self._calibration if candidate.calibrates else None
             try:
                 quantize(model, candidate.text, text)
+                seconds = time.monotonic() - began
+                step.detail("measuring")
+                measured = self._divergence(model)
             except (ValueError, RuntimeError) as error:  # a recipe that does not fit the model is a row as well
                 return Row(candidate.name, candidate.text, problem=str(error).splitlines()[0])
-            seconds = time.monotonic() - began
-            step.detail("measuring")
-            measured = self._divergence(model)
             with tempfile.TemporaryDirectory(dir=self._folder) as target:
                 model.save_pretrained(target, save_compressed=True)
                 size = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
@@ -321,7 +321,7 @@ def main() -> None:
         bench = Bench(Path(folder), steps)
         for each in chosen:
             rows.append(row := bench.measure(each, steps))  # an interrupted run keeps its rows
-            steps.console.print(f"  KL {row.kl:.4f}, top-1 {row.top1_agreement:.1%}")
+            steps.console.print(row.problem or f"  KL {row.kl:.4f}, top-1 {row.top1_agreement:.1%}")
     if options.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
     else:
