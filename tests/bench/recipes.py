@@ -1,6 +1,6 @@
 """Every recipe tried for the embedded model, side by side: divergence, bits and size, built and measured anew.
 
-usage: make bench-recipes ARGS="[--only NAME ...] [--json]"
+usage: make bench-recipes ARGS="[--only NAME ...] [--quick] [--json]"
 
 Runs in the quantization environment. The reference is FP32 arithmetic over the BF16 weights; a candidate
 computes in BF16 with its weights rounded and, for FP8, its activations rounded per token, by compressed-
@@ -14,15 +14,16 @@ import argparse
 import gc
 import json
 import math
-import sys
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -207,7 +208,7 @@ class Row:
 class Bench:
     """The reference, what it was calibrated on, and what it answered."""
 
-    def __init__(self, folder: Path, steps: Steps) -> None:
+    def __init__(self, folder: Path, steps: Steps, prompts: Sequence[str]) -> None:
         self._folder = folder
         self._reference = folder / "reference"
         with steps.step("reference") as step:
@@ -217,7 +218,7 @@ class Bench:
         self._shape = ModelShape.read(self._reference)
         self._tokenizer = AutoTokenizer.from_pretrained(self._reference)
         with steps.step("answers to the held-out prompts"):
-            self._held_out = answered_prompts(self._model(), self._tokenizer, PROMPTS, SEED).conversations
+            self._held_out = answered_prompts(self._model(), self._tokenizer, prompts, SEED).conversations
             exact = self._model().float()
             self._head = exact.get_output_embeddings().weight.detach()
             self._states = [_states(exact, each) for each in self._held_out]
@@ -282,7 +283,7 @@ def _states(model: Any, conversation: Conversation) -> torch.Tensor:
     return states[conversation.answer_start - 1 : -1].float()
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row], results: TextIO) -> None:
     """Print the table."""
     table = Table("recipe", "bits", "size", "KL (95%)", "top-1", "perplexity", "seconds", box=None)
     for row in rows:
@@ -299,33 +300,35 @@ def show(rows: list[Row]) -> None:
             f"{row.perplexity:.3f}",
             f"{row.seconds:.0f}",
         )
-    Console(width=140).print(table)
+    Console(width=140, file=results).print(table)
     reference = next((row.perplexity_of_reference for row in rows if not row.problem), math.nan)
-    print(f"over {len(PROMPTS)} answers of the reference, whose own perplexity on them is {reference:.3f}")
+    perplexity = f"whose own perplexity on them is {reference:.3f}"
+    print(f"over the answers of the reference, {perplexity}", file=results)
 
 
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="rows by name, in this order; * is anything")
+    parser.add_argument("--quick", action="store_true", help="two prompts: shows that it runs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     assert not set(PROMPTS) & set(CALIBRATION_PROMPTS), "a held-out prompt is a calibration prompt"
     chosen = dict.fromkeys(each for only in options.only for each in CANDIDATES if fnmatch(each.name, only))
     rows: list[Row] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Steps() as steps,
-        suppress(KeyboardInterrupt),
-    ):  # shows what it has
-        bench = Bench(Path(folder), steps)
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to standard error
+    # An interrupted run shows what it has.
+    with tempfile.TemporaryDirectory() as folder, Steps() as steps, suppress(KeyboardInterrupt):
+        bench = Bench(Path(folder), steps, PROMPTS[:2] if options.quick else PROMPTS)
         for each in chosen:
-            rows.append(row := bench.measure(each, steps))  # an interrupted run keeps its rows
+            rows.append(row := bench.measure(each, steps))
             steps.console.print(row.problem or f"  KL {row.kl:.4f}, top-1 {row.top1_agreement:.1%}")
     if options.json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
+        json.dump([asdict(row) for row in rows], results, indent=2)
     else:
-        show(rows)
+        show(rows, results)
+    results.close()
 
 
 if __name__ == "__main__":

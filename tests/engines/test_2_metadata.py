@@ -158,3 +158,18 @@ def test_the_bench_measures_three_tiers(assay: Server) -> None:
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
     assert rows["Reference"]["kl_at_least"] < 0.005 < rows["Lite"]["kl_at_least"]
     assert rows["Turbo"]["kl_at_least"] < rows["Lite"]["kl_at_least"]
+
+
+def test_a_recipe_is_measured() -> None:
+    done = subprocess.run(
+        ["make", "--silent", "bench-recipes", "ARGS=--quick --json --only 'FP8 MLP*'"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    (row,) = json.loads(done.stdout)
+    assert 0 < row["kl"] < 0.05
+    assert row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1]
+    assert row["perplexity"] > 1
+    assert 8 < row["bits_per_linear_weight"] < 16
