@@ -55,7 +55,10 @@ def welcome(fleet: Fleet, url: str) -> None:
         for name in replica.tier.names:
             rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
     show(rows)
-    served = [replica.tier for replica in fleet.replicas if replica.can_answer]
+    every = [replica.tier for replica in fleet.replicas]
+    served = [
+        replica.tier for replica in fleet.replicas if replica.can_answer
+    ] or every  # all may have died just now
     first_model = [tier for tier in served if tier.model == served[0].model]
     body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     out.print(f"\n[green]ready[/] on {url}. Try:\n")
