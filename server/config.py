@@ -77,6 +77,9 @@ class Config(BaseModel):
         default=Path(".assay"),
         description="Checkpoints and logs; relative to the working directory. ASSAY_HOME overrides it.",
     )
+    keys: Path | None = Field(
+        default=None, description="The API keys that `assay keys` writes; by default keys.json in home."
+    )
     backend: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where engines run; auto asks which build of vLLM is installed."
     )
@@ -112,6 +115,11 @@ class Config(BaseModel):
     def logs(self) -> Path:
         """Where engines write."""
         return self.home / "logs"
+
+    @property
+    def keys_file(self) -> Path:
+        """Where API keys lie, as salted hashes."""
+        return self.keys or self.home / "keys.json"
 
     @property
     def tiers(self) -> tuple[Tier, ...]:

@@ -32,6 +32,32 @@ class BodyTooLarge(Refusal):
         super().__init__(f"The request body is larger than {limit} bytes, the limit of this server.")
 
 
+class KeyMissing(Refusal):
+    """A key is needed, and the request has none; like every refusal of a key it does not repeat what was sent."""
+
+    status, code = 401, "missing_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("This server asks for an API key: send it as `authorization: Bearer sk-assay-…`.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class KeyInvalid(Refusal):
+    """The request's key is none of this server's, or no longer."""
+
+    status, code = 401, "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("This API key is not known here; it may be mistyped, or have been removed.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
 class ModelNotFound(Refusal):
     """No tier answers to that name; no other tier ever answers in its place."""
 
