@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | tiers`: the command line; an error is one sentence and an exit code."""
+"""`assay serve | plan | build | verify | tiers | keys`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -14,9 +14,11 @@ from rich.markup import escape
 
 import kernels
 from server.checkpoints import Checkpoints
-from server.config import Config, ModelConfig, load_config
-from server.console import err, fetch, log_to, out, welcome
+from server.config import ModelConfig, choose_tiers, load_config
+from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, welcome
 from server.fleet import Fleet
+from server.keys import Keys
+from server.keys_cli import keys_app
 from server.progress import Steps
 from server.serve import serve as run_server
 from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
@@ -27,7 +29,7 @@ from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
 from tiers.manifest import Manifest
 from tiers.placement import alone, check_hardware, together
 from tiers.recipe import recipes
-from tiers.tier import Tier, TierKind
+from tiers.tier import TierKind
 
 app = typer.Typer(
     name="assay",
@@ -35,17 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        envvar="ASSAY_CONFIG",
-        dir_okay=False,
-        help="A YAML file; see deploy/. Without one the embedded model is served in three tiers.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+app.add_typer(keys_app, name="keys")
 
 
 @app.callback(invoke_without_command=True)
@@ -75,9 +67,9 @@ def serve(
     settings = load_config(config, host=host, port=port)
     steps = Steps(err)
 
-    def announce(fleet: Fleet, url: str) -> None:
+    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
         steps.close()
-        welcome(fleet, url)
+        welcome(fleet, url, with_keys=keys.required)
 
     with steps:
         uvloop.run(run_server(settings, steps, announce, build=build))
@@ -176,7 +168,7 @@ def build(
         return
     log_to(err)
     settings = load_config(config)
-    chosen = _choose(settings, tiers)
+    chosen = choose_tiers(settings, tiers)
     check_hardware(chosen, Machine.here(installed_backend() if settings.backend == "auto" else settings.backend))
     with Steps(err) as steps:
         manifests = asyncio.run(Checkpoints(settings, steps).prepare(chosen, rebuild=rebuild))
@@ -209,7 +201,7 @@ def verify(
     settings = load_config(config)
     with Steps(err) as steps:
         checkpoints = Checkpoints(settings, steps, may_build=False, trusting=False)
-        manifests = asyncio.run(checkpoints.prepare(_choose(settings, tiers)))
+        manifests = asyncio.run(checkpoints.prepare(choose_tiers(settings, tiers)))
     for name, manifest in manifests.items():
         out.print(f"{name}: {len(manifest.files)} files are what their manifest says ({manifest.short_digest})")
 
@@ -247,21 +239,6 @@ def _print_recipes(*, as_json: bool) -> None:
         return
     for paragraph in recipe_paragraphs(backend):
         out.print(paragraph)
-
-
-def _choose(config: Config, names: list[str] | None) -> list[Tier]:
-    """The configured tiers that a person named, by grade or in full."""
-    if not names:
-        return list(config.tiers)
-    chosen = []
-    for name in names:
-        wanted = name.lower()
-        found = [t for t in config.tiers if wanted in {t.kind.lower(), *(n.lower() for n in t.names)}]
-        if not found:
-            known = ", ".join(tier.name for tier in config.tiers)
-            raise ConfigError(f"There is no tier {name!r} in this config; the tiers are {known}.")
-        chosen += found
-    return chosen
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

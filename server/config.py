@@ -140,6 +140,25 @@ class Config(BaseModel):
         )
 
 
+def choose_tiers(config: Config, names: list[str] | None) -> list[Tier]:
+    """The configured tiers that a person named, by grade or in full; all without a name.
+
+    Raises:
+        ConfigError: a name is no tier's; the sentence has those there are.
+    """
+    if not names:
+        return list(config.tiers)
+    chosen = []
+    for name in names:
+        wanted = name.lower()
+        found = [t for t in config.tiers if wanted in {t.kind.lower(), *(n.lower() for n in t.names)}]
+        if not found:
+            known = ", ".join(tier.name for tier in config.tiers)
+            raise ConfigError(f"There is no tier {name!r} in this config; the tiers are {known}.")
+        chosen += found
+    return chosen
+
+
 def load_config(path: Path | None, **overrides: Any) -> Config:
     """The configuration in ``path``, or the embedded model's.
 

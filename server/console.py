@@ -1,11 +1,13 @@
-"""What the commands share: where they print and log, how they greet, and how they ask a running server."""
+"""What the commands share: options, where they print and log, how they greet, and how they ask a server."""
 
 import json
 import logging
 import urllib.error
 import urllib.request
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -16,6 +18,17 @@ from tiers.errors import ConfigError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="ASSAY_CONFIG",
+        dir_okay=False,
+        help="A YAML file; see deploy/. Without one the embedded model is served in three tiers.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def log_to(console: Console) -> None:
@@ -46,8 +59,8 @@ def fetch(url: str) -> Any:
         raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
 
 
-def welcome(fleet: Fleet, url: str) -> None:
-    """Which names are served and which are not, and a command to try."""
+def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
+    """Which names are served and which are not, to whom, and a command to try."""
     rows = table("model name", "precision", "recipe", "checkpoint", "verified")
     for replica in fleet.replicas:
         manifest = replica.manifest
@@ -61,6 +74,12 @@ def welcome(fleet: Fleet, url: str) -> None:
     ] or every  # all may have died just now
     first_model = [tier for tier in served if tier.model == served[0].model]
     body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    if with_keys:
+        who = "Callers need a key: `assay keys add NAME` makes one. The command below has it in ASSAY_API_KEY."
+    else:
+        who = "No keys: whoever is on this machine may call. `assay keys add NAME` makes one."
+    out.print(f"\n{who}", soft_wrap=True)
     out.print(f"\n[green]ready[/] on {url}. Try:\n")
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    key = ' -H "authorization: Bearer $ASSAY_API_KEY"' if with_keys else ""
+    curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"
     out.print(escape(curl), soft_wrap=True)

@@ -5,6 +5,7 @@ started is ended before this returns.
 """
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -17,13 +18,14 @@ from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.fleet import Fleet
+from server.keys import Keys
 from server.launch.local import GRACE_S
 from server.metrics import Metrics
 from server.progress import Steps
 from server.replica import PrecisionRefused, Replica
 from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
-from tiers.errors import AssayError
+from tiers.errors import AssayError, ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
 from tiers.tier import Tier
@@ -68,21 +70,27 @@ class Stop:
         self.asked.set()
 
 
-async def serve(config: Config, steps: Steps, announce: Callable[[Fleet, str], None], *, build: bool) -> None:
-    """Serve until asked to stop. ``announce`` is called once, when every tier can answer.
+Announce = Callable[[Fleet, str, Keys], None]
+"""Told once, when every tier can answer: what is served, on which URL, and to whom."""
+
+
+async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool) -> None:
+    """Serve until asked to stop.
 
     Raises:
         AssayError: one sentence of what is wrong; nothing is left running.
     """
     stop = Stop()
     stop.listen()
+    keys = Keys(config.keys_file)
     with listening_socket(config.host, config.port) as listener:
+        check_reach(listener, keys)
         backend = installed_backend() if config.backend == "auto" else config.backend
         fleet_of = asyncio.create_task(_prepare(config, backend, steps, build=build))
         if not await _unless_asked(stop, fleet_of):
             return
         fleet, metrics = fleet_of.result()
-        await _run(config, fleet, metrics, listener, stop, steps, announce)
+        await _run(config, fleet, metrics, keys, listener, stop, steps, announce)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -103,6 +111,22 @@ def listening_socket(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be had ({error.strerror}): stop what uses it or choose another by --port."
         ) from error
     return listener
+
+
+def check_reach(listener: socket.socket, keys: Keys) -> None:
+    """Without keys nobody but this machine may reach the gateway.
+
+    The address is the one that was bound, which is what a name such as localhost came to.
+
+    Raises:
+        ConfigError: others can reach it, and it would answer anybody.
+    """
+    host = listener.getsockname()[0]
+    if not (keys.required or ipaddress.ip_address(host).is_loopback):
+        raise ConfigError(
+            f"On {host} others can reach this server, and without keys it would answer anybody: run `assay keys "
+            "add NAME` first, or listen on 127.0.0.1."
+        )
 
 
 async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: bool) -> tuple[Fleet, Metrics]:
@@ -153,10 +177,11 @@ async def _run(
     config: Config,
     fleet: Fleet,
     metrics: Metrics,
+    keys: Keys,
     listener: socket.socket,
     stop: Stop,
     steps: Steps,
-    announce: Callable[[Fleet, str], None],
+    announce: Announce,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
     server = Server(
@@ -179,7 +204,7 @@ async def _run(
         if not await _unless_asked(stop, starting):
             return
         fleet.watch()
-        announce(fleet, _url_of(listener))
+        announce(fleet, _url_of(listener), keys)
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from server.keys import Key
 from tiers.hardware import GIB
 from tiers.manifest import SHORT_DIGEST
 from tiers.plan import TierPlan
@@ -57,6 +58,21 @@ def parts_table(tiers: Sequence[dict[str, Any]]) -> Table:
         for part in ("weights", "activations", "kv_cache", "attention", "head"):
             read = (tier["verified"] or {}).get(part)
             made.add_row(tier["id"], part, tier["declared"][part]["text"], read["text"] if read else "")
+    return made
+
+
+def keys_table(keys: Sequence[Key]) -> Table:
+    """Who holds a key, and what it allows; nothing of the key itself but its id."""
+    made = table("name", "id", "tiers", "requests/min", "tokens/min", "at once", "created")
+    for key in keys:
+        limits = (key.requests_per_minute, key.tokens_per_minute, key.concurrent_requests)
+        made.add_row(
+            escape(key.name),
+            key.id,
+            "all" if key.tiers is None else escape(", ".join(key.tiers)),
+            *("no limit" if limit is None else str(limit) for limit in limits),
+            f"{key.created:%Y-%m-%d}",
+        )
     return made
 
 

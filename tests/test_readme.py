@@ -34,6 +34,11 @@ RUN_BY = {
     ".venv/bin/assay verify": "tests/server/test_cli.py::test_verifying_reads_all_of_it_and_counts_the_files",
     ".venv/bin/assay build --list": "tests/server/test_cli.py::test_the_recipes_are_described",
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",
+    ".venv/bin/assay keys add alice --tier Lite --requests-per-minute 60": (
+        "tests/server/test_cli.py::test_a_key_is_printed_alone_and_only_once"
+    ),
+    ".venv/bin/assay keys list": "tests/server/test_cli.py::test_a_key_is_printed_alone_and_only_once",
+    ".venv/bin/assay keys remove alice": "tests/server/test_cli.py::test_a_removed_key_is_no_longer_listed",
     ".venv/bin/assay --install-completion": "tests/server/test_cli.py::test_completion_can_be_installed",
 }
 """Each command, and what runs it."""

@@ -105,6 +105,7 @@ def assay(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Itera
     config.write_text(f"""
 port: {port}
 home: {ROOT / ".assay"}
+keys: {folder / "keys.json"}
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
 drain_timeout_s: 60
 models:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import kernels
 import tiers.hardware
 from server.cli import main
+from server.keys import KeyFile
 from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
@@ -85,9 +87,11 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "build", "verify", "tiers"])
+@pytest.mark.parametrize(
+    "command", ["serve", "plan", "build", "verify", "tiers", "keys add", "keys list", "keys remove"]
+)
 def test_help_teaches_by_example(here: Here, command: str) -> None:
-    code, out, _ = here(command, "--help")
+    code, out, _ = here(*command.split(), "--help")
     assert code == 0
     assert f"Example: assay {command}" in out
 
@@ -323,3 +327,96 @@ def test_an_environment_with_the_other_kernels_package_is_refused(
     code, _, err = here("--version")
     assert code == 2
     assert "pip uninstall kernels" in err
+
+
+def test_a_key_is_printed_alone_and_only_once(here: Here, tmp_path: Path) -> None:
+    code, key, err = here("keys", "add", "alice", "--tier", "lite", "--requests-per-minute", "60")
+    assert code == 0
+    assert re.fullmatch(r"sk-assay-[0-9a-f]{12}-[\w-]{43}\n", key)
+    assert "is shown only now" in err
+    assert "a running server takes it within a second" in err
+    secret = key.strip().split("-", 3)[3]
+    assert secret not in err
+    _, shown, _ = here("keys", "list")
+    (row,) = [line for line in shown.splitlines() if "alice" in line]
+    assert row.split()[:4] == ["alice", key.split("-")[2], "Lite", "60"]
+    _, listed, _ = here("keys", "list", "--json")
+    assert secret not in shown + listed + (tmp_path / ".assay/keys.json").read_text()
+    (entry,) = json.loads(listed)
+    assert (entry["name"], entry["tiers"], entry["requests_per_minute"]) == ("alice", ["Lite"], 60)
+    assert entry.keys().isdisjoint({"salt", "hash", "key"})
+
+
+def test_a_key_can_be_json_and_names_tiers_as_the_config_does(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"{SMALL}\nkeys: elsewhere/who.json")
+    code, out, _ = here(
+        *("keys", "add", "ci@example.org", "-c", "c.yaml", "--json", "--concurrent-requests", "2"),
+        *("--tier", "reference", "--tier", "smollm2-135m-instruct", "--tokens-per-minute", "9"),
+    )
+    assert code == 0
+    made = json.loads(out)
+    assert made["key"].startswith(f"sk-assay-{made['id']}-")
+    assert made["tiers"] == ["Reference", "SmolLM2-135M-Instruct-Reference"]
+    assert (made["requests_per_minute"], made["tokens_per_minute"], made["concurrent_requests"]) == (None, 9, 2)
+    assert (tmp_path / "elsewhere/who.json").exists()
+
+
+def test_a_removed_key_is_no_longer_listed(here: Here) -> None:
+    here("keys", "add", "alice")
+    here("keys", "add", "bob")
+    code, _, err = here("keys", "remove", "alice")
+    assert code == 0
+    assert "refuses the key of alice within a second" in err
+    assert "It was the last" not in err
+    _, listed, _ = here("keys", "list", "--json")
+    assert [key["name"] for key in json.loads(listed)] == ["bob"]
+    _, _, err = here("keys", "remove", "bob")
+    assert "It was the last: nobody may call until there is another." in err
+    _, out, err = here("keys", "list")
+    assert out == ""
+    assert "`assay keys add NAME` makes one" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("add", "alice", "--tier", "Best"), "There is no tier 'Best' in this config; the tiers are SmolLM2-135M"),
+        (("add", "alice", "--requests-per-minute", "0"), "should be greater than or"),
+        (("add", "a b"), "'a b' is no name for a key"),
+        (("remove", "alice"), "There is no key for 'alice'"),
+    ],
+)
+def test_a_key_that_makes_no_sense_is_a_sentence(
+    here: Here, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    code, out, err = here("keys", *arguments)
+    assert code == 2
+    assert out == ""
+    assert sentence in " ".join(err.split())
+    assert not (tmp_path / ".assay/keys.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("assay keys remove a", ["alice", "anne"]),
+        ("assay keys add bob --tier S", ["SmolLM2-135M-Instruct-Reference"]),
+    ],
+)
+def test_completion_knows_who_has_a_key_and_the_configs_tiers(
+    tmp_path: Path, words: str, completed: list[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(SMALL)
+    file = KeyFile(tmp_path / ".assay/keys.json")
+    for name in ("alice", "anne", "bob"):
+        file.add(name)
+    shell = {"_ASSAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert assay(cwd=tmp_path, ASSAY_CONFIG="c.yaml", **shell).stdout.split() == completed
+
+
+def test_without_keys_an_address_that_others_reach_stops_the_start(tmp_path: Path) -> None:
+    refused = assay("serve", "--host", "0.0.0.0", "--port", str(free_port()), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "On 0.0.0.0 others can reach this server, and without keys it would answer anybody" in refused.stderr
+    assert "`assay keys add NAME`" in refused.stderr
+    assert not (tmp_path / ".assay").exists()

@@ -4,6 +4,7 @@ import hmac
 import json
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,12 @@ import openai
 import pytest
 
 from server.config import Config
+from server.console import welcome
 from server.errors import KeyInvalid, KeyMissing, Refusal, envelope
+from server.fleet import Fleet
 from server.keys import LOOK_EVERY_S, Key, KeyFile, Keys
+from server.serve import check_reach, listening_socket
+from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
 
 
@@ -481,6 +486,48 @@ def test_the_file_is_looked_at_once_a_second_however_many_ask(
         assert known(keys, key)
         clock.now += 0.003
     assert len(looks) == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.7.6", "localhost", "::1"])
+def test_without_keys_the_server_listens_on_loopback(host: str, file: KeyFile) -> None:
+    if host == "::1" and not _has_ipv6():
+        pytest.skip("no IPv6 here")
+    with listening_socket(host, 0) as listener:
+        check_reach(listener, Keys(file.path))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::"])
+def test_without_keys_others_cannot_reach_the_server(host: str, file: KeyFile) -> None:
+    if host == "::" and not _has_ipv6():
+        pytest.skip("no IPv6 here")
+    with listening_socket(host, 0) as listener:
+        with pytest.raises(ConfigError, match=r"run `assay keys add NAME` first, or listen on 127\.0\.0\.1"):
+            check_reach(listener, Keys(file.path))
+        file.add("alice")
+        check_reach(listener, Keys(file.path))
+
+
+def _has_ipv6() -> bool:
+    try:
+        listening_socket("::1", 0).close()
+    except Exception:
+        return False
+    return socket.has_ipv6
+
+
+async def test_the_greeting_says_who_may_call(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = Fleet([gateway.replica])
+    welcome(fleet, "http://127.0.0.1:8000", with_keys=False)
+    shown = capsys.readouterr().out
+    assert "\nNo keys: whoever is on this machine may call. `assay keys add NAME` makes one.\n" in shown
+    open_line = next(line for line in shown.splitlines() if line.startswith("curl "))
+    assert "authorization" not in open_line
+    welcome(fleet, "http://127.0.0.1:8000", with_keys=True)
+    shown = capsys.readouterr().out
+    assert "Callers need a key" in shown
+    closed_line = next(line for line in shown.splitlines() if line.startswith("curl "))
+    assert closed_line.replace(' -H "authorization: Bearer $ASSAY_API_KEY"', "", 1) == open_line
+    assert closed_line != open_line
 
 
 def test_every_field_of_a_key_says_what_it_is() -> None:
