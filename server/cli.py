@@ -209,13 +209,20 @@ def verify(
 @app.command()
 def tiers(
     url: Annotated[str, typer.Option(envvar="ASSAY_URL", help="The running server.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ASSAY_API_KEY",
+            help="An API key, if the server asks for one. Better in the variable: others see a command's options.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the tiers of a running server: what each declares, what its engine was seen to compute, its state.
 
     Example: assay tiers --url http://127.0.0.1:8000 --json
     """
-    answer = fetch(f"{url.rstrip('/')}/v1/tiers")
+    answer = fetch(f"{url.rstrip('/')}/v1/tiers", key)
     if as_json:
         out.print_json(json.dumps(answer))
         return

@@ -4,6 +4,7 @@ import json
 import logging
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,18 +44,26 @@ def log_to(console: Console) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
-def fetch(url: str) -> Any:
-    """JSON from a running server.
+def fetch(url: str, key: str | None = None) -> Any:
+    """JSON from a running server, with an API key if it asks for one.
 
     Raises:
-        ConfigError: nobody answers there, or not with JSON.
+        ConfigError: nobody answers there, not with JSON, or not without another key.
     """
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url} is not an http or https address.")
+    request = urllib.request.Request(url)  # noqa: S310  # the scheme was just checked
+    if key := (key or "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("The API key has characters that no key has; `assay keys add` prints them right.")
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  # the scheme was just checked
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
             return json.load(answer)
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == HTTPStatus.UNAUTHORIZED:
+            which = "another API key" if key else "an API key"
+            raise ConfigError(f"{url} asks for {which}: put it into ASSAY_API_KEY.") from None
         reason = getattr(error, "reason", error)
         raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
 

@@ -6,7 +6,10 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -420,3 +423,74 @@ def test_without_keys_an_address_that_others_reach_stops_the_start(tmp_path: Pat
     assert "On 0.0.0.0 others can reach this server, and without keys it would answer anybody" in refused.stderr
     assert "`assay keys add NAME`" in refused.stderr
     assert not (tmp_path / ".assay").exists()
+
+
+@dataclass
+class Asked:
+    """A server that wants a key, or sends elsewhere, and remembers what it was sent."""
+
+    url: str
+    keys: list[str | None] = field(default_factory=list)
+
+
+@pytest.fixture
+def asked() -> Iterator[Asked]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            key = self.headers["authorization"]
+            made.keys.append(key)
+            if self.path.startswith("/moved"):
+                self.send_response(302)
+                self.send_header("location", f"{made.url}/v1/tiers")
+                self.end_headers()
+                return
+            body = b'{"data": []}'
+            self.send_response(200 if key == "Bearer sk-assay-right" else 401)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Keep quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        made = Asked(f"http://127.0.0.1:{server.server_port}")
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        yield made
+        server.shutdown()
+        serving.join()
+
+
+def test_the_tiers_command_sends_the_key_of_the_environment(
+    here: Here, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASSAY_API_KEY", "sk-assay-right\n")
+    code, out, _ = here("tiers", "--url", asked.url, "--json")
+    assert (code, json.loads(out)) == (0, {"data": []})
+    code, _, _ = here("tiers", "--url", asked.url, "--json", "--key", "sk-assay-wrong")
+    assert code == 2
+    assert asked.keys == ["Bearer sk-assay-right", "Bearer sk-assay-wrong"]
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("", "asks for an API key: put it into ASSAY_API_KEY"),
+        ("sk-assay-wrong", "asks for another API key: put it into ASSAY_API_KEY"),
+        ("clé-wrong", "has characters that no key has"),
+        ("two\r\nlines-wrong", "has characters that no key has"),
+    ],
+)
+def test_a_key_that_is_not_taken_is_a_sentence_without_it(
+    here: Here, asked: Asked, key: str, sentence: str
+) -> None:
+    code, _, err = here("tiers", "--url", asked.url, "--key", key)
+    assert code == 2
+    assert sentence in err
+    assert "wrong" not in err
+
+
+def test_a_key_does_not_follow_a_redirection(here: Here, asked: Asked) -> None:
+    here("tiers", "--url", f"{asked.url}/moved", "--key", "sk-assay-right")
+    assert asked.keys == ["Bearer sk-assay-right", None]
