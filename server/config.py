@@ -88,6 +88,20 @@ class Config(BaseModel):
         description="The Python of the quantization environment, which builds checkpoints.",
     )
     body_limit_mib: float = Field(default=8, gt=0, description="A larger request body is refused with 413.")
+    header_timeout_s: float = Field(
+        default=10, gt=0, description="A caller who has not sent a request's line and headers by then is cut off."
+    )
+    body_timeout_s: float = Field(
+        default=30, gt=0, description="A request body that has not all come by then is refused with 408."
+    )
+    keep_alive_s: float = Field(
+        default=75, gt=0, description="How long a connection without requests stays open; longer than proxies do."
+    )
+    max_connections: int = Field(
+        default=10_000,
+        ge=1,
+        description="Further ones get 503; fewer where too few files may be open.",
+    )
     start_timeout_s: float = Field(default=1800, gt=0, description="An engine not ready by then has failed.")
     drain_timeout_s: float = Field(
         default=30, ge=0, description="How long running requests may take to finish when the server stops."

@@ -58,6 +58,43 @@ class KeyInvalid(Refusal):
         return {"www-authenticate": "Bearer"}
 
 
+class MalformedRequest(Refusal):
+    """What came is not HTTP, or not as this server reads it; where the next request begins is not known."""
+
+    code = "malformed_request"
+
+
+class HeadersTooLarge(Refusal):
+    """The request's line and headers are over what is read of them."""
+
+    status, code = 431, "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request line and headers are larger than {limit} bytes, the limit of this server.")
+
+
+class HeadTooSlow(Refusal):
+    """The request's line and headers did not come in time."""
+
+    status, code = 408, "request_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request line and headers did not all come within {limit_s:g} s.")
+
+
+class TooManyConnections(Refusal):
+    """The gateway has as many callers connected as it may have."""
+
+    status, type, code = 503, "server_error", "too_many_connections"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} connections are open, the limit of this server; try again in a moment.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "1"}
+
+
 class ModelNotFound(Refusal):
     """No tier answers to that name; no other tier ever answers in its place."""
 

@@ -38,6 +38,12 @@ class Metrics:
             ["tier"],
             registry=self.registry,
         )
+        self.connections_refused = Counter(
+            "assay_connections_refused",
+            "Connections ended with an error before there was a request.",
+            ["code"],
+            registry=self.registry,
+        )
         self.restarts = Counter(
             "assay_engine_restarts", "Times an engine was started again.", ["tier"], registry=self.registry
         )

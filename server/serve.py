@@ -17,9 +17,11 @@ import uvicorn
 from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
+from server.connections import ConnectionLimits, connection_class, room_for
 from server.fleet import Fleet
 from server.keys import Keys
 from server.launch.local import GRACE_S
+from server.line import notice_the_gone
 from server.metrics import Metrics
 from server.progress import Steps
 from server.replica import PrecisionRefused, Replica
@@ -83,6 +85,7 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
     stop = Stop()
     stop.listen()
     keys = Keys(config.keys_file)
+    config = _with_room(config)
     with listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
         backend = installed_backend() if config.backend == "auto" else config.backend
@@ -91,6 +94,18 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
             return
         fleet, metrics = fleet_of.result()
         await _run(config, fleet, metrics, keys, listener, stop, steps, announce)
+
+
+def _with_room(config: Config) -> Config:
+    """No more connections than this process may open files for."""
+    room = room_for(config.max_connections)
+    if room < config.max_connections:
+        log.warning(
+            "max_connections is %d instead of %d: this process may not open more files (raise `ulimit -Hn`)",
+            room,
+            config.max_connections,
+        )
+    return config.model_copy(update={"max_connections": room})
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -102,6 +117,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    notice_the_gone(listener)
     try:
         listener.bind((host, port))
         listener.listen(2048)  # at once: until then somebody else could bind it too
@@ -188,7 +204,11 @@ async def _run(
         uvicorn.Config(
             build_app(config, fleet, metrics),
             loop="uvloop",
-            http="httptools",
+            http=connection_class(
+                ConnectionLimits(config.header_timeout_s, config.keep_alive_s, config.max_connections),
+                lambda refusal: metrics.connections_refused.labels(refusal.code).inc(),
+            ),
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
