@@ -45,6 +45,7 @@ def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
         # Both pages load scripts from somebody else's server; /openapi.json is ours.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a path with one too many does not exist, and is told so in the envelope
     )
     routes = Routes(fleet.replicas)
     body_limit = int(config.body_limit_mib * (1 << 20))
@@ -101,5 +102,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refusal = UnknownRoute(f"{request.method} {request.url.path}: {error.detail}.")
+    path = request.scope["path"][:200]  # quoted as Python does, it is safe in JSON and logs whatever it holds
+    refusal = UnknownRoute(f"{request.method} {path!r}: {error.detail}.")
     return Response(envelope(refusal), error.status_code, error.headers, media_type="application/json")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from aiohttp import web
@@ -118,7 +119,7 @@ class Gateway:
             "http_version": "1.1",
             "method": method,
             "path": path,
-            "raw_path": path.encode(),
+            "raw_path": quote(path, errors="surrogatepass").encode(),
             "query_string": b"",
             "headers": raw_headers,
             "scheme": "http",

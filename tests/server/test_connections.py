@@ -20,6 +20,7 @@ from server.connections import MOST_HEAD_BYTES, MOST_PIPELINED, ConnectionLimits
 from server.errors import BodyTooLarge, Refusal
 from server.forward import ClientLeft, Reply, read_body
 from server.serve import Server, listening_socket
+from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
 
 BODY_LIMIT = 1 << 20
@@ -425,6 +426,29 @@ def test_nothing_more_is_read_from_a_connection_that_was_refused(patient: Served
         caller.sendall(b"\r\n\r\n" + HELLO)
         assert everything(caller).count(b"HTTP/1.1 ") == 1
     assert not patient.app.begun.is_set()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/%00%0d%0a%1b[31m%ff", "/\r\n\x00", "/\ud800", "/%ed%a0%80", "/a?b#c", "//x/y", "/é"],
+)
+async def test_a_path_that_does_not_exist_is_quoted_harmlessly(gateway: Gateway, path: str) -> None:
+    answer = await gateway.post(path=path, method="GET")
+    assert answer.status == 404
+    message = json.loads(answer.body)["error"]["message"]
+    assert message == f"GET {path!r}: Not Found."
+    assert message.isprintable()
+
+
+async def test_of_a_long_path_the_beginning_is_quoted(gateway: Gateway) -> None:
+    answer = await gateway.post(path="/" + "a" * 60000)
+    assert json.loads(answer.body)["error"]["message"] == f"POST '/{'a' * 199}': Not Found."
+
+
+async def test_a_path_with_a_slash_too_many_does_not_exist(gateway: Gateway) -> None:
+    answer = await gateway.post(path="/v1/chat/completions/", headers={"host": "elsewhere"})
+    assert answer.status == 404
+    assert "location" not in answer.headers
 
 
 # Requests one after the other
