@@ -92,7 +92,7 @@ def plan_table(plans: Sequence[TierPlan]) -> Table:
     """What each tier takes; weights in GB as models are published, memory in GiB as cards have it."""
     each = "GPU" if any(plan.gpus for plan in plans) else "RAM"
     made = table(
-        "tier", "precision", "weights", "KV/token", "context", "KV at that", "runs on",
+        "tier", "precision", "weights", "KV/token", "context", "KV at that", "replicas", "each on",
         f"{each}: weights", "activations", "graphs", "other", "left for KV", "requests at once",
     )  # fmt: skip
     for column in made.columns[2:]:
@@ -109,6 +109,7 @@ def _cells(plan: TierPlan) -> tuple[str, ...]:
         f"{plan.kv_bytes_per_token / KIB:g} KiB",
         str(plan.context_length),
         f"{plan.kv_bytes_full_context / GIB:.1f} GiB",
+        str(plan.replicas),
         _where(plan),
         *(f"{part / GIB:.1f}" for part in (parts.weights, parts.activations, parts.graphs, parts.overhead)),
         f"{plan.kv_cache_bytes / GIB:.1f} GiB",

@@ -78,7 +78,7 @@ class Batch:
                 if not str(value).isdigit():
                     raise ConfigError(f"engine_args: {name} must be a plain number, and it is {value!r}.")
                 tokens = int(value)
-        return cls(tokens, resources.max_num_seqs or sequences)
+        return cls(tokens, resources.max_num_seqs or min(sequences, tokens))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
     """All tiers at once, each on what the config gives it.
 
     Raises:
-        PlacementError: a GPU does not exist, or is given away more than once over.
+        PlacementError: a GPU does not exist, is given away more than once over, or is one too few.
         SourceError: a checkpoint is not the model that it is named after.
     """
     if machine.backend == "cpu":
@@ -67,6 +67,11 @@ def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
     else:
         plans = []
         for tier in share_gpus(tiers, machine):
+            if (count := len(tier.resources.gpus)) % tier.resources.replicas:
+                raise PlacementError(
+                    f"{tier.name}: {tier.resources.replicas} replicas need as many gpus or a multiple, and gpus "
+                    f"names {count}: each engine has GPUs of its own."
+                )
             degree = Degree(tier.resources.tensor_parallel, tier.resources.pipeline_parallel)
             plans.append(on_gpus(tier, [machine.gpus[gpu] for gpu in tier.resources.gpus], degree))
     return _summed_up(plans, machine, too_much_ram(plans, machine))
@@ -90,22 +95,25 @@ def _summed_up(plans: Sequence[TierPlan], machine: Machine, problem: str | None 
 
 def too_much_ram(plans: Sequence[TierPlan], machine: Machine) -> str | None:
     """The sentence for engines that need more RAM than a machine without GPUs has; None if they fit."""
-    needed = sum(plan.per_device.fixed + plan.kv_cache_bytes for plan in plans)
+    needed = sum(plan.replicas * (plan.per_device.fixed + plan.kv_cache_bytes) for plan in plans)
     if machine.backend == "cuda" or needed <= machine.ram:
         return None
+    engines = sum(plan.replicas for plan in plans)
+    fewer = "tiers or replicas" if engines > len(plans) else "tiers"
     return (
-        f"{len(plans)} engine{'s need' if len(plans) > 1 else ' needs'} {needed / GIB:.1f} GiB of memory and "
-        f"{machine.ram / GIB:.1f} GiB are free: serve fewer tiers, lower kv_cache_gib, or free memory."
+        f"{engines} engine{'s need' if engines > 1 else ' needs'} {needed / GIB:.1f} GiB of memory and "
+        f"{machine.ram / GIB:.1f} GiB are free: serve fewer {fewer}, lower kv_cache_gib, or free memory."
     )
 
 
 def _alone(tier: Tier, machine: Machine) -> TierPlan:
-    """The first plan that fits, or the largest one there is."""
+    """The first plan of one engine that fits, or the largest one there is."""
+    one = replace(tier, resources=tier.resources.model_copy(update={"replicas": 1}))
     if machine.backend == "cpu":
-        return in_ram(tier, machine.ram, alone=True)
+        return in_ram(one, machine.ram, alone=True)
     if not machine.gpus:
         raise PlacementError(f"{tier.name}: there is no GPU here; name a card with --gpu.")
-    free = replace(tier, resources=tier.resources.model_copy(update={"gpu_memory": None}))
+    free = replace(one, resources=one.resources.model_copy(update={"gpu_memory": None}))
     plans = (on_gpus(free, machine.gpus, degree) for degree in _degrees(tier, machine))
     plan = next(plans)
     for larger in plans:

@@ -1,6 +1,6 @@
 """One tier's engine on given hardware: what it takes, how many requests it can hold, or why it does not fit.
 
-Knows one engine at a time; where engines go is tiers/placement.py's to say.
+Knows one tier at a time, whose engines are all alike; where engines go is tiers/placement.py's to say.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,10 @@ class TierPlan(BaseModel):
     weights_bytes: int
     kv_bytes_per_token: int
     kv_bytes_full_context: int
+    replicas: int
+    """How many engines; all other figures, but for the requests, are of one of them."""
     gpus: int
-    """0 on the CPU."""
+    """Of one engine; 0 on the CPU."""
     tensor_parallel: int
     pipeline_parallel: int
     room_bytes: int
@@ -59,8 +61,10 @@ class TierPlan(BaseModel):
     """What it takes there before the first token of KV cache."""
     kv_cache_bytes: int
     """What there is for KV cache there."""
+    max_num_seqs: int
+    """How many requests one engine works on at once, whatever their length; further ones wait in it."""
     concurrent_requests: int
-    """Of full length, at once."""
+    """Of full length, at once, on all replicas together."""
     problem: str | None = None
     """Why it does not fit, as a sentence without the tier's name."""
     wants_more: bool = Field(default=False, exclude=True)
@@ -110,26 +114,26 @@ def _is_of(folder: Path, tier: Tier) -> bool:
 
 def in_ram(tier: Tier, ram: int, *, alone: bool) -> TierPlan:
     """On the CPU. ``alone``, what is left of the memory is KV cache unless the config says how much."""
-    shape = shape_of(tier)
+    shape, batch = shape_of(tier), Batch.of(tier.resources, None)
     if shape is None:
         each = Footprint(weights=0, activations=0, graphs=0, overhead=CPU_ENGINE_OVERHEAD, kv_per_token=0)
     else:
-        each = ram_footprint(shape, tier.recipe, _weights(tier, shape), Batch.of(tier.resources, None))
+        each = ram_footprint(shape, tier.recipe, _weights(tier, shape), batch)
     kv_cache_gib = tier.resources.kv_cache_gib or (None if alone else DEFAULT_CPU_KV_CACHE_GIB)
-    return _plan(tier, shape, each, Degree(), ram, kv_cache_gib, gpus=())
+    return _plan(tier, shape, each, batch, Degree(), ram, kv_cache_gib, gpus=())
 
 
 def on_gpus(tier: Tier, gpus: Sequence[Gpu], degree: Degree) -> TierPlan:
     """On GPUs, of which the smallest counts: parallelism takes the same of each."""
     shape = shape_of(tier)
     card = min(gpus, key=lambda gpu: gpu.memory)
+    batch = Batch.of(tier.resources, card)
     if shape is None:
         each = Footprint(weights=0, activations=0, graphs=0, overhead=CUDA_OVERHEAD, kv_per_token=0)
     else:
-        weights, batch = _weights(tier, shape), Batch.of(tier.resources, card)
-        each = gpu_footprint(shape, tier.recipe, weights, degree, batch)
+        each = gpu_footprint(shape, tier.recipe, _weights(tier, shape), degree, batch)
     room = int((tier.resources.gpu_memory or USABLE_GPU_MEMORY) * card.memory)
-    return _plan(tier, shape, each, degree, room, tier.resources.kv_cache_gib, gpus)
+    return _plan(tier, shape, each, batch, degree, room, tier.resources.kv_cache_gib, gpus)
 
 
 def indivisible(tier: Tier, shape: ModelShape, tensor: int) -> str | None:
@@ -165,6 +169,7 @@ def _plan(
     tier: Tier,
     shape: ModelShape | None,
     each: Footprint,
+    batch: Batch,
     degree: Degree,
     room: int,
     kv_cache_gib: float | None,
@@ -184,13 +189,15 @@ def _plan(
         weights_bytes=_weights(tier, shape).total if shape else 0,
         kv_bytes_per_token=per_token,
         kv_bytes_full_context=per_token * context,
+        replicas=tier.resources.replicas,
         gpus=degree.gpus if gpus else 0,
         tensor_parallel=degree.tensor,
         pipeline_parallel=degree.pipeline,
         room_bytes=room,
         per_device=each,
         kv_cache_bytes=kv_cache,
-        concurrent_requests=requests,
+        max_num_seqs=batch.sequences,
+        concurrent_requests=requests * tier.resources.replicas,
         problem=problem.sentence if problem else None,
         wants_more=problem is not None and problem.wants_more,
     )

@@ -36,12 +36,19 @@ class TierKind(StrEnum):
 
 
 class Resources(BaseModel):
-    """What one engine may use. On the CPU only the KV cache and the limits count."""
+    """What a tier's engines may use, and what they answer. On the CPU only the KV cache and the limits count."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: tuple[int, ...] = Field(
-        default=(0,), min_length=1, description="GPU indices; more than one is tensor parallelism over them."
+        default=(0,),
+        min_length=1,
+        description="GPU indices, dealt out evenly to the replicas; more than one for each is tensor parallelism.",
+    )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="How many engines serve the tier, each with its own GPUs, or with its own memory on the CPU.",
     )
     pipeline_parallel: int = Field(
         default=1,
@@ -61,7 +68,16 @@ class Resources(BaseModel):
         description="KV cache in GiB, on each GPU. On the CPU 1 by default; on GPUs what gpu_memory leaves over.",
     )
     max_num_seqs: int | None = Field(
-        default=None, ge=1, description="How many requests the engine runs at once; vLLM's default if absent."
+        default=None, ge=1, description="How many requests one engine runs at once; vLLM's default if absent."
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt; a longer one is refused. The context length if absent."
+    )
+    max_output_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest answer: who asks for more is refused, who does not say gets at most this. "
+        "What the prompt leaves of the context length if absent.",
     )
     idle: Literal["stay", "sleep"] = Field(
         default="stay",
@@ -78,14 +94,18 @@ class Resources(BaseModel):
     def _gpus_make_whole_stages(self) -> Self:
         if len(set(self.gpus)) != len(self.gpus):
             raise ValueError(f"gpus {list(self.gpus)} names one twice")
-        if len(self.gpus) % self.pipeline_parallel:
-            raise ValueError(f"{len(self.gpus)} gpus cannot be cut into {self.pipeline_parallel} pipeline stages")
+        # Not the default: a CPU's config says nothing of GPUs. There tiers/placement.py asks whether they suffice.
+        if "gpus" in self.model_fields_set and len(self.gpus) % self.replicas:
+            raise ValueError(f"{len(self.gpus)} gpus cannot be dealt out evenly to {self.replicas} replicas")
+        each = len(self.gpus) // self.replicas
+        if each % self.pipeline_parallel:
+            raise ValueError(f"{each} gpus cannot be cut into {self.pipeline_parallel} pipeline stages")
         return self
 
     @property
     def tensor_parallel(self) -> int:
-        """Over how many GPUs each layer is spread."""
-        return len(self.gpus) // self.pipeline_parallel
+        """Over how many GPUs of one engine each layer is spread."""
+        return len(self.gpus) // self.replicas // self.pipeline_parallel
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,15 @@ class Tier:
     def names(self) -> tuple[str, ...]:
         """Every model name this tier answers to; the reference also owns the plain one."""
         return (self.model, self.name) if self.kind is TierKind.REFERENCE else (self.name,)
+
+    def engines(self) -> "tuple[Tier, ...]":
+        """The tier as each of its engines sees it: alone, and with its own part of the GPUs."""
+        gpus, replicas = self.resources.gpus, self.resources.replicas
+        if replicas == 1:
+            return (self,)
+        size = len(gpus) // replicas
+        own = [{"replicas": 1, "gpus": gpus[size * i : size * (i + 1)]} for i in range(replicas)]
+        return tuple(replace(self, resources=self.resources.model_copy(update=part)) for part in own)
 
     @property
     def reference(self) -> "Tier":

@@ -207,6 +207,17 @@ def test_a_plan_is_of_the_configs_tiers_together_and_can_be_json(here: Here) -> 
     assert plan["tiers"][0]["context_length"] == 32768
 
 
+def test_a_plan_counts_the_requests_of_all_replicas(here: Here, tmp_path: Path) -> None:
+    model = "name: Llama-3.1-8B-Instruct, source: meta-llama/Llama-3.1-8B-Instruct"
+    (tmp_path / "c.yaml").write_text(f"models: [{{{model}, tiers: {{Lite: {{gpus: [0, 1], replicas: 2}}}}}}]")
+    code, out, _ = here("plan", "-c", "c.yaml", "--gpu", "H100", "--count", "2")
+    assert code == 0
+    (lite,) = [line.split() for line in out.splitlines() if "8B-Instruct-Lite" in line]
+    assert lite[-1] == "6"
+    assert "replicas each on" in " ".join(out.split())
+    assert "2 1 GPU" in " ".join(lite)
+
+
 def test_a_plan_may_ask_for_another_context(here: Here) -> None:
     code, out, _ = here(
         "plan", "--config", str(LLAMA), "--gpu", "H100", "--count", "1", "--context", "131072", "--json"

@@ -94,6 +94,12 @@ def test_the_config_may_change_the_batch() -> None:
     assert Batch.of(resources, None) == Batch(512, 7)
 
 
+def test_no_more_requests_run_at_once_than_a_step_has_tokens_unless_the_config_says_so() -> None:
+    small = Resources(engine_args={"max-num-batched-tokens": 64})
+    assert Batch.of(small, None) == Batch(64, 64)
+    assert Batch.of(small.model_copy(update={"max_num_seqs": 100}), None) == Batch(64, 100)
+
+
 def test_a_batch_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max-num-batched-tokens must be a plain number, and it is '8k'"):
         Batch.of(Resources(engine_args={"max-num-batched-tokens": "8k"}), None)

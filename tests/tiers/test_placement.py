@@ -200,6 +200,52 @@ def test_on_the_cpu_three_small_engines_share_the_memory(tmp_path: Path) -> None
     assert turbo.per_device.weights > 4 * 106e6, "FP8 weights are held once more, in FP32"
 
 
+def test_replicas_on_the_cpu_take_the_memory_of_all(tmp_path: Path) -> None:
+    (one,) = place(three(tmp_path)[:1], CPU)
+    tier = replace(three(tmp_path)[0], resources=Resources(replicas=2))
+    (two,) = place((tier,), CPU)
+    assert (one.replicas, one.concurrent_requests) == (1, 5)
+    assert (two.replicas, two.concurrent_requests) == (2, 10)
+    assert two.per_device == one.per_device
+    assert (one.max_num_seqs, two.max_num_seqs) == (128, 128), "of one engine: vLLM's default on CPUs"
+    each = one.per_device.fixed + one.kv_cache_bytes
+    with pytest.raises(PlacementError, match=r"2 engines need .* serve fewer tiers or replicas"):
+        place((tier,), Machine("cpu", ram=2 * each - 1))
+    assert place((tier,), Machine("cpu", ram=2 * each))
+
+
+def test_replicas_are_dealt_the_gpus_and_each_has_a_degree_of_its_own() -> None:
+    tiers = llama("70B", gpus=(0, 1, 2, 3), replicas=2)
+    plan = together(tiers[1:2], Machine.of(find_card("H100"), 4))
+    (turbo,) = plan.tiers
+    assert plan.problems == ()
+    assert (turbo.replicas, turbo.gpus, turbo.tensor_parallel) == (2, 2, 2)
+    assert turbo.concurrent_requests == 2 * planned("70B", "H100", 2)["Turbo"].concurrent_requests
+    assert turbo.max_num_seqs == 1024
+    assert [engine.resources.gpus for engine in turbo.tier.engines()] == [(0, 1), (2, 3)]
+    assert {engine.resources.gpu_memory for engine in turbo.tier.engines()} == {0.9}
+
+
+def test_a_tier_that_does_not_fit_twice_is_told_what_one_engine_would_need() -> None:
+    tiers = llama("70B", gpus=(0, 1), replicas=2)
+    (reference, *_) = together(tiers[:1], Machine.of(find_card("H100"), 2)).tiers
+    assert "its GPU needs" in str(reference.problem)
+    assert reference.remedies[0] == "4 × H100 (tensor 4)"
+    assert [plan.replicas for plan in alone(tiers, Machine.of(find_card("H100"), 8)).tiers] == [1, 1, 1]
+
+
+def test_replicas_without_gpus_of_their_own_are_refused_on_gpus() -> None:
+    tiers = llama("8B", replicas=2)
+    with pytest.raises(PlacementError, match="2 replicas need as many gpus or a multiple, and gpus names 1"):
+        together(tiers[:1], Machine.of(find_card("H100"), 2))
+
+
+def test_sleeping_replicas_share_each_gpu_with_the_others_there() -> None:
+    tiers = llama("8B", gpus=(0, 1), replicas=2, idle="sleep")
+    plans = place(tiers, Machine.of(find_card("H100"), 2))
+    assert [plan.tier.resources.gpu_memory for plan in plans] == [0.9] * 3
+
+
 def test_one_model_alone_on_the_cpu_takes_all_memory_for_its_cache() -> None:
     plan = alone(llama("8B"), Machine("cpu", ram=40 * GIB))
     reference, turbo, lite = plan.tiers
