@@ -1,9 +1,11 @@
 """Tier + hardware → the vLLM server that runs it: its arguments and its environment."""
 
 import importlib.metadata
+import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tiers.errors import ConfigError
@@ -11,6 +13,7 @@ from tiers.hardware import GIB
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
+Option = str | int | float | bool
 
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 PLUGIN = "assay"
@@ -20,15 +23,18 @@ PROBE = "tiers.probe.worker.ProbeWorker"
 
 _ARGUMENTS = frozenset({
     "async-scheduling", "block-size", "cpu-offload-gb", "cudagraph-capture-sizes", "disable-cascade-attn",
-    "disable-log-stats", "enable-auto-tool-choice", "enable-chunked-prefill", "enable-log-requests",
-    "enable-prefix-caching", "enable-prompt-tokens-details", "enable-request-id-headers", "log-config-file",
+    "enable-auto-tool-choice", "enable-chunked-prefill", "enable-log-requests", "enable-prefix-caching",
+    "enable-prompt-tokens-details", "enable-request-id-headers", "log-config-file",
     "long-prefill-token-threshold", "max-cudagraph-capture-size", "max-log-len", "max-logprobs",
     "max-num-batched-tokens", "max-parallel-loading-workers", "num-gpu-blocks-override",
     "prefix-caching-hash-algo", "safetensors-load-strategy", "stream-interval", "tool-call-parser",
     "uvicorn-log-level",
 })  # fmt: skip
 """What ``engine_args`` may set: speed, memory, logs and tools. Everything else Assay sets from its own fields, or
-would change which numbers an engine computes: a tier is what its manifest says, and nothing else."""
+would change which numbers an engine computes (a tier is what its manifest says, and nothing else), or what Assay
+needs to know of an engine: ``disable-log-stats`` would leave a busy one looking like one that hangs."""
+LLAMA_TOOL_TOKEN = b'"<|python_tag|>"'
+"""Which vLLM's parser of Llama 3's tool calls looks for in the vocabulary, and does not start without."""
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
@@ -66,7 +72,7 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         ConfigError: ``engine_args`` names an argument that Assay sets itself.
     """
     resources = tier.resources
-    options: dict[str, str | int | float | bool] = {
+    options: dict[str, Option] = {
         "model": str(tier.checkpoint),
         "host": "127.0.0.1",
         "port": port,
@@ -99,7 +105,12 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:
         options["gpu-memory-utilization"] = resources.gpu_memory
-    further = {name.strip("-").replace("_", "-"): value for name, value in resources.engine_args.items()}
+    if resources.max_output_tokens is not None:
+        # The least of this, of what is asked for and of what the prompt leaves counts (vLLM's get_max_tokens). The
+        # checkpoint's own generation_config.json is read as ever: this one field is laid over it.
+        options["override-generation-config"] = json.dumps({"max_new_tokens": resources.max_output_tokens})
+    options |= _tools(tier.checkpoint)
+    further = dict(_positive(name, value) for name, value in resources.engine_args.items())
     for name in further:
         if name.removeprefix("no-") not in _ARGUMENTS:
             raise ConfigError(
@@ -117,6 +128,28 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         else:
             arguments.append(f"--{name}={value}")
     return EngineCommand(tuple(arguments), _environment(tier, backend, api_key), port, api_key)
+
+
+def _positive(name: str, value: Option) -> tuple[str, Option]:
+    """An argument of ``engine_args`` in one spelling, so that it takes the place of ours and not one beside it."""
+    name = name.strip("-").replace("_", "-")
+    if name.startswith("no-") and isinstance(value, bool):
+        return name.removeprefix("no-"), not value
+    return name, value
+
+
+def _tools(checkpoint: Path) -> dict[str, Option]:
+    """How tool calls are told from text, for a checkpoint that has Llama 3.1's tokens for them; else nothing.
+
+    The chat template stays the checkpoint's own. vLLM's ``tool_chat_template_llama3.1_json.jinja`` would write
+    another prompt: a system message of vLLM's where tools are given and the caller has none, a tool's answer
+    wrapped in ``{"output": …}``, and, without any tools too, the date of the day instead of a fixed one. What a
+    tier answers would then differ from what its model answers elsewhere, and from day to day.
+    """
+    tokenizer = checkpoint / "tokenizer.json"
+    if not tokenizer.is_file() or LLAMA_TOOL_TOKEN not in tokenizer.read_bytes():
+        return {}  # also before the checkpoint is built: then arguments are checked, and no engine is started
+    return {"enable-auto-tool-choice": True, "tool-call-parser": "llama3_json"}
 
 
 def gpu_environment(tier: Tier) -> dict[str, str]:
@@ -141,6 +174,8 @@ def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
         "VLLM_PLUGINS": PLUGIN,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        # Callers choose their request ids: two at once with the same one must stay two.
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "0",
         # A checkpoint is complete; anything that asks the hub is a mistake.
         "HF_HUB_OFFLINE": "1",
     }

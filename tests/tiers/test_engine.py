@@ -1,5 +1,7 @@
 """Tier + hardware → vLLM's arguments and environment."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,6 @@ LLAMA = Path(__file__).parents[2] / "deploy" / "llama-3.1-8b.yaml"
 
 
 def tier(kind: TierKind = TierKind.LITE, **resources: object) -> Tier:
-    from dataclasses import replace
-
     found = next(tier for tier in Config().tiers if tier.kind is kind)
     return replace(found, resources=Resources.model_validate(resources))
 
@@ -58,12 +58,80 @@ def test_gpus_are_cut_into_pipeline_stages() -> None:
     assert option(command, "pipeline-parallel-size") == "2"
 
 
+def test_replicas_are_alike_but_for_their_gpus() -> None:
+    engines = tier(gpus=[4, 5, 6, 7, 0, 1, 2, 3], replicas=2, pipeline_parallel=2).engines()
+    commands = [engine_command(engine, "cuda", 1, "k") for engine in engines]
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == ["4,5,6,7", "0,1,2,3"]
+    assert {option(command, "tensor-parallel-size") for command in commands} == {"2"}
+    assert {option(command, "pipeline-parallel-size") for command in commands} == {"2"}
+    assert commands[0].arguments == commands[1].arguments
+
+
+def test_on_the_cpu_replicas_need_no_gpus() -> None:
+    engines = tier(replicas=3).engines()
+    assert len({engine_command(engine, "cpu", 1, "k").arguments for engine in engines}) == 1
+    assert len(engines) == 3
+
+
 @pytest.mark.parametrize(
-    ("gpus", "stages", "sentence"), [([0, 1, 2], 2, "cannot be cut into 2"), ([0, 0], 1, "names one twice")]
+    ("gpus", "stages", "replicas", "sentence"),
+    [
+        ([0, 1, 2], 2, 1, "3 gpus cannot be cut into 2"),
+        ([0, 1, 2, 3, 4, 5], 2, 2, "3 gpus cannot be cut into 2"),
+        ([0, 1, 2], 1, 2, "3 gpus cannot be dealt out evenly to 2 replicas"),
+        ([0], 1, 2, "1 gpus cannot be dealt out evenly to 2 replicas"),
+        ([0, 0], 1, 1, "names one twice"),
+    ],
 )
-def test_gpus_that_make_no_whole_stages_are_refused(gpus: list[int], stages: int, sentence: str) -> None:
+def test_gpus_that_make_no_whole_engines_or_stages_are_refused(
+    gpus: list[int], stages: int, replicas: int, sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
-        tier(gpus=gpus, pipeline_parallel=stages)
+        tier(gpus=gpus, pipeline_parallel=stages, replicas=replicas)
+
+
+def test_the_longest_answer_caps_also_those_who_do_not_say() -> None:
+    command = engine_command(tier(max_output_tokens=512, max_prompt_tokens=100), "cpu", 1, "k")
+    assert json.loads(option(command, "override-generation-config")) == {"max_new_tokens": 512}
+    plain = engine_command(tier(), "cpu", 1, "k").arguments
+    assert not any(argument.startswith("--override-generation-config") for argument in plain)
+    assert not any("--generation-config" in argument for argument in (*plain, *command.arguments))
+
+
+def with_vocabulary(folder: Path, *tokens: str, **engine_args: object) -> tuple[str, ...]:
+    """The arguments for a checkpoint with these tokens."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    made = replace(tier(engine_args=engine_args), checkpoint=folder)
+    return engine_command(made, "cpu", 1, "k").arguments
+
+
+def test_tool_calls_are_parsed_where_the_tokenizer_has_llamas_token(tmp_path: Path) -> None:
+    arguments = with_vocabulary(tmp_path, "a", "<|python_tag|>")
+    assert "--enable-auto-tool-choice" in arguments
+    assert "--tool-call-parser=llama3_json" in arguments
+    assert not any(argument.startswith("--chat-template") for argument in arguments), "the model's own"
+
+
+@pytest.mark.parametrize("tokens", [("a",), ("<tool_call>",), ("python_tag",)])
+def test_tool_calls_are_text_where_it_has_not(tmp_path: Path, tokens: tuple[str, ...]) -> None:
+    arguments = with_vocabulary(tmp_path, *tokens)
+    assert not any(argument.startswith(("--tool", "--enable-auto-tool")) for argument in arguments)
+
+
+def test_an_operators_own_tool_parser_wins_in_any_spelling(tmp_path: Path) -> None:
+    llama = "<|python_tag|>"
+    other = with_vocabulary(tmp_path, llama, tool_call_parser="hermes")
+    assert [argument for argument in other if "parser" in argument] == ["--tool-call-parser=hermes"]
+    for spelling in ({"no-enable-auto-tool-choice": True}, {"enable_auto_tool_choice": False}):
+        none = with_vocabulary(tmp_path, llama, **spelling)
+        assert [argument for argument in none if "choice" in argument] == ["--no-enable-auto-tool-choice"]
+
+
+def test_two_requests_with_the_same_id_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    environment = engine_command(tier(), "cpu", 1, "k").environment
+    assert environment["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] == "0"
 
 
 def test_the_cpu_engine_computes_what_the_tier_says() -> None:
@@ -110,6 +178,7 @@ def test_further_arguments_pass_and_ours_are_refused() -> None:
         "config",
         "speculative-config",
         "override-generation-config",
+        "disable-log-stats",
     ],
 )
 def test_arguments_that_are_ours_or_change_the_numbers_are_refused(name: str) -> None:

@@ -43,6 +43,21 @@ async def test_nobody_else_does(ask: Any, method: str, header: bytes) -> None:
     assert first["status"] == 401
 
 
+async def test_the_engines_log_has_the_id_of_each_request_that_is_let_in(
+    ask: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vllm.assay")
+    key = (b"authorization", b"Bearer key")
+    await ask([key, (b"x-request-id", b"abc-1")], method="POST")
+    await ask([key])
+    await ask([(b"x-request-id", b"stranger")])
+    await ask([key, (b"x-request-id", b"a\x1b[2J\xff")])
+    assert [record.getMessage() for record in caplog.records] == [
+        "request 'abc-1': POST /metrics",
+        r"request 'a\x1b[2J\xff': GET /metrics",
+    ]
+
+
 async def test_websockets_are_closed(ask: Any) -> None:
     assert await ask([], kind="websocket") == [{"type": "websocket.close", "code": 1008}]
 
