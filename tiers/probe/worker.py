@@ -45,6 +45,10 @@ _W4A16 = frozenset({
     "MarlinLinearKernel", "TritonW4A16LinearKernel", "ZentorchWNA16LinearKernel",
 })  # fmt: skip
 """Integer-weight kernels that take activations in the type of their configuration."""
+_OF_ONE_START = frozenset({
+    "VLLM_API_KEY", "VLLM_DIST_IDENT", "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME", "VLLM_PORT",
+})  # fmt: skip
+"""Its key, its port, and the names by which its processes find each other, which vLLM sets itself."""
 _INT8_PER_TOKEN = NumberFormat(type="int8", scale="token", dynamic=True)
 
 
@@ -86,9 +90,9 @@ class ProbeWorker:
 
 
 def _environment_hash() -> str:
-    """Of every variable that tells vLLM something, but for the key and the port, which differ at each start."""
+    """Of every variable that tells vLLM something, but for those that differ at each start."""
     told = sorted((name, value) for name, value in os.environ.items() if name.startswith("VLLM_"))
-    lasting = [pair for pair in told if pair[0] not in ("VLLM_API_KEY", "VLLM_PORT")]
+    lasting = [pair for pair in told if pair[0] not in _OF_ONE_START]
     return hashlib.sha256(repr(lasting).encode()).hexdigest()[:16]
 
 
