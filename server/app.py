@@ -47,7 +47,7 @@ def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # a path with one too many does not exist, and is told so in the envelope
     )
-    routes = Routes(fleet.replicas)
+    routes = Routes(fleet.pools)
     body_limit = int(config.body_limit_mib * (1 << 20))
     app.router.add_route(
         "/v1/chat/completions",

@@ -95,6 +95,19 @@ class Checkpoints:
         finally:
             over.set()
 
+    async def verify_again(self, tier: Tier, manifest: Manifest) -> None:
+        """What was verified before may have changed since: a tier is what it says, its engine restarted or not.
+
+        Raises:
+            CheckpointError: another checkpoint lies there, or not all of it as it was.
+        """
+        if Manifest.read(tier.checkpoint).digest != manifest.digest:
+            raise CheckpointError(
+                f"{tier.name}: the checkpoint in {tier.checkpoint} was rebuilt while the server ran: "
+                "restart the server to serve it."
+            )
+        await self.verify(tier, manifest)
+
     def _read(self, tier: Tier) -> Manifest | None:
         """The manifest of a finished checkpoint; None if it is too old to say what it must."""
         try:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from server.vitals import Patience
 from tiers.errors import ConfigError
 from tiers.recipe import find_recipe
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
@@ -66,7 +67,7 @@ def _embedded() -> tuple[ModelConfig, ...]:
     return (ModelConfig(name=EMBEDDED_MODEL, source=f"package:{EMBEDDED_PACKAGE}", tiers=tiers),)
 
 
-class Config(BaseModel):
+class Config(Patience):
     """The whole configuration of one server. Without a file it serves the embedded model in three tiers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -71,16 +71,14 @@ def fetch(url: str, key: str | None = None) -> Any:
 def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
     """Which names are served and which are not, to whom, and a command to try."""
     rows = table("model name", "precision", "recipe", "checkpoint", "verified")
-    for replica in fleet.replicas:
-        manifest = replica.manifest
-        state = "[green]yes[/]" if replica.can_answer else "[red]no: not served[/]"
-        for name in replica.tier.names:
+    for pool in fleet.pools:
+        manifest = pool.manifest
+        state = "[green]yes[/]" if pool.can_answer else "[red]no: not served[/]"
+        for name in pool.tier.names:
             rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
     show(rows)
-    every = [replica.tier for replica in fleet.replicas]
-    served = [
-        replica.tier for replica in fleet.replicas if replica.can_answer
-    ] or every  # all may have died just now
+    every = [pool.tier for pool in fleet.pools]
+    served = [pool.tier for pool in fleet.pools if pool.can_answer] or every  # all may have died just now
     first_model = [tier for tier in served if tier.model == served[0].model]
     body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     if with_keys:

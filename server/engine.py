@@ -20,17 +20,30 @@ ANSWER_TIMEOUT_S = 300.0
 HEALTH_TIMEOUT_S = 5.0
 
 _READINGS = TypeAdapter(list[EngineReading])
+_WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
+"""What moves in vLLM's metrics with every step of an engine: when a prompt is done, with each token, and with each
+piece of a prompt."""
 
 
 class EngineNotStarted(AssayError):
     """An engine ended, or was not ready in time, when it was to be started."""
 
 
+class PrecisionRefused(AssayError):
+    """What an engine computes is not what its checkpoint declares; trying again would not change that."""
+
+    def __init__(self, name: str, disagreements: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{name} is not served, its engine does not compute what its checkpoint declares: "
+            f"{'; '.join(disagreements)}."
+        )
+
+
 class Engine:
     """A vLLM server that answers on a loopback port to the holder of its key."""
 
     def __init__(self, name: str, url: str, key: str, process: LocalProcess | None) -> None:
-        self._name = name
+        self.name = name
         self.process = process
         self.session = aiohttp.ClientSession(
             url,
@@ -47,12 +60,19 @@ class Engine:
         process = await LocalProcess.start(command.arguments, command.environment, log)
         return cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
 
-    async def until_it_answers(self, say: Callable[[str], None]) -> str:
+    async def until_it_answers(self, say: Callable[[str], None], timeout_s: float) -> str:
         """Wait until the model is loaded; the version of vLLM.
 
         Raises:
-            EngineNotStarted: it ended before.
+            EngineNotStarted: it ended before, or was not ready in time.
         """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._version(say)
+        except TimeoutError:
+            raise self._problem(f"the engine was not ready after {timeout_s:.0f} s (start_timeout_s)") from None
+
+    async def _version(self, say: Callable[[str], None]) -> str:
         assert self.process is not None
         while True:
             if self.process.exit_code is not None:
@@ -87,6 +107,29 @@ class Engine:
         """
         body = {"model": model, "prompt": "Hello", "max_tokens": 8, "logprobs": 1}
         await self._ask("POST", "/v1/completions", "the warm-up request", body)
+
+    async def one_token(self, model: str) -> int:
+        """The status of the answer to the shortest of requests, however long it takes.
+
+        Raises:
+            aiohttp.ClientError: nobody is there, or nobody any more.
+        """
+        body = {"model": model, "prompt": "Hello", "max_tokens": 1}
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with self.session.post("/v1/completions", json=body, timeout=timeout) as answer:
+            await answer.read()
+            return answer.status
+
+    async def work_done(self, timeout_s: float) -> tuple[bytes, ...]:
+        """What vLLM has counted of its work; where two are unequal it worked between. Empty if it does not say."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            plain = {"accept-encoding": "identity"}
+            async with self.session.get("/metrics", headers=plain, timeout=timeout) as answer:
+                lines = (await answer.read()).splitlines()
+        except (aiohttp.ClientError, TimeoutError):
+            return ()
+        return tuple(line for line in lines if line.startswith(_WORK))
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.
@@ -134,7 +177,7 @@ class Engine:
 
     def _problem(self, what: str) -> EngineNotStarted:
         log = f"; its log is {self.process.log}" if self.process else ""
-        return EngineNotStarted(f"{self._name}: {what}{log}.")
+        return EngineNotStarted(f"{self.name}: {what}{log}.")
 
 
 def _reason(tail: str) -> str:

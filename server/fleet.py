@@ -4,20 +4,21 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from server.replica import Replica
+from server.pool import Pool
 
 
 class Fleet:
-    """All replicas of a server."""
+    """All replicas of a server, tier by tier."""
 
-    def __init__(self, replicas: Iterable[Replica]) -> None:
-        self.replicas = tuple(replicas)
+    def __init__(self, pools: Iterable[Pool]) -> None:
+        self.pools = tuple(pools)
+        self.replicas = tuple(replica for pool in self.pools for replica in pool.replicas)
         self._keepers: list[asyncio.Task[None]] = []
 
     @property
     def is_ready(self) -> bool:
         """Whether every configured tier can answer."""
-        return all(replica.can_answer for replica in self.replicas)
+        return all(pool.can_answer for pool in self.pools)
 
     @property
     def running(self) -> int:

@@ -142,13 +142,16 @@ async def forward(
             replica.slot() as engine,
             engine.post(path, data=body, headers=headers) as answer,
         ):
+            if answer.status >= 500:
+                replica.erred()
             if answer.status != 200:
                 await _refuse_like(answer)
             elif answer.content_type == "text/event-stream":
                 await reply.begin(200, _STREAM_HEADERS)
-                await _copy_events(answer.content, reply)
+                await _copy_events(answer.content, reply, replica)
             else:
                 await reply.whole(200, await answer.read())
+            replica.answered()
     except (aiohttp.ClientError, TimeoutError, _Broken) as error:
         log.warning("%s: request %s broke off: %r", replica.tier.name, request_id, error)
         alive = await replica.is_alive()
@@ -171,10 +174,11 @@ class _Broken(Exception):
     """The engine's answer ended, or said itself that it failed, before it was whole."""
 
 
-async def _copy_events(content: aiohttp.StreamReader, reply: Reply) -> None:
+async def _copy_events(content: aiohttp.StreamReader, reply: Reply, replica: Replica) -> None:
     """Copy whole events only, so that what breaks off never leaves half of one."""
     pending, ended = b"", False
     async for chunk in content.iter_any():
+        replica.heard()
         pending += chunk
         cut = pending.rfind(b"\n\n") + 2
         if cut < 2:

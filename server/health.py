@@ -33,7 +33,7 @@ def health_router(fleet: Fleet, metrics: Metrics) -> APIRouter:
     async def readyz(response: Response) -> Readiness:
         if not fleet.is_ready:
             response.status_code = 503
-        states = {replica.tier.name: replica.state.value for replica in fleet.replicas}
+        states = {pool.tier.name: pool.state.value for pool in fleet.pools}
         return Readiness(ready=fleet.is_ready, tiers=states)
 
     @router.get("/metrics")

@@ -1,9 +1,32 @@
 """What Prometheus scrapes. Labels are tiers and status codes of this server, never anything a caller sent."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 NO_TIER = "none"
+
+
+class TierStatus(Protocol):
+    """What is true of a tier now, as its pool of replicas knows it."""
+
+    @property
+    def replicas(self) -> Sequence[object]:
+        """All of them, whatever their state."""
+
+    @property
+    def ready(self) -> int:
+        """How many can answer."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether one would have to wake first."""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether they compute what is declared."""
 
 
 class Metrics:
@@ -47,15 +70,21 @@ class Metrics:
         self.restarts = Counter(
             "assay_engine_restarts", "Times an engine was started again.", ["tier"], registry=self.registry
         )
+        self.ejections = Counter(
+            "assay_engine_ejections",
+            "Times an engine was taken out of service for a while because it erred at every request.",
+            ["tier"],
+            registry=self.registry,
+        )
         self.verified = Gauge(
             "assay_tier_verified",
-            "1 if the running engine was seen to compute what its checkpoint declares.",
+            "1 if the running engines were seen to compute what their checkpoint declares.",
             ["tier"],
             registry=self.registry,
         )
         self.asleep = Gauge(
             "assay_tier_asleep",
-            "1 while the engine has given its GPU memory back.",
+            "1 while the tier's engines have given their GPU memory back.",
             ["tier"],
             registry=self.registry,
         )
@@ -67,13 +96,26 @@ class Metrics:
             registry=self.registry,
         )
         self.ready = Gauge("assay_tier_ready", "1 while the tier can answer.", ["tier"], registry=self.registry)
+        self.replicas = Gauge(
+            "assay_replicas", "Engines that serve the tier when all is well.", ["tier"], registry=self.registry
+        )
+        self.replicas_ready = Gauge(
+            "assay_replicas_ready", "Engines of the tier that can answer now.", ["tier"], registry=self.registry
+        )
 
-    def declare(self, tier: str) -> None:
-        """Show a tier's series from the start, so that a rate over its first event is right."""
-        for gauge in (self.ready, self.running, self.verified, self.asleep):
-            gauge.labels(tier).set(0)
-        for counter in (self.left, self.broken, self.restarts):
+    def declare(self, tier: str, status: TierStatus) -> None:
+        """Show a tier's series from the start, so that a rate over its first event is right.
+
+        What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
+        """
+        self.running.labels(tier).set(0)
+        for counter in (self.left, self.broken, self.restarts, self.ejections):
             counter.labels(tier)
+        self.ready.labels(tier).set_function(lambda: status.ready > 0)
+        self.replicas.labels(tier).set_function(lambda: len(status.replicas))
+        self.replicas_ready.labels(tier).set_function(lambda: status.ready)
+        self.verified.labels(tier).set_function(lambda: status.is_verified)
+        self.asleep.labels(tier).set_function(lambda: status.is_asleep)
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""

@@ -24,7 +24,7 @@ from server.forward import (
     without_pin,
 )
 from server.metrics import NO_TIER, Metrics
-from server.replica import Replica
+from server.pool import Pool
 from server.routing import Routes
 
 CLIENT_CLOSED_REQUEST = "499"
@@ -48,14 +48,14 @@ class Completions:
         try:
             body = await read_body(receive, self._body_limit)
             call = parse_call(body)
-            replica = self._routes.resolve(call.model)
-            tier = replica.tier.name
+            pool = self._routes.resolve(call.model)
+            tier = pool.tier.name
             if call.precision is not UNSET:
-                self._routes.check_pin(replica, call.precision)
+                self._routes.check_pin(pool, call.precision)
                 body = without_pin(body)
-            reply.headers += tier_headers(replica)
+            reply.headers += tier_headers(pool)
             request_id = scope["state"]["request_id"]
-            work = forward(self._path, body, replica, reply, request_id, self._metrics)
+            work = forward(self._path, body, pool.pick(), reply, request_id, self._metrics)
             await while_client_stays(receive, work)
         except Refusal as refusal:
             await reply.refuse(refusal)
@@ -70,11 +70,11 @@ class Completions:
                 self._metrics.first_byte.labels(tier).observe(reply.body_began - began)
 
 
-def tier_headers(replica: Replica) -> Headers:
+def tier_headers(pool: Pool) -> Headers:
     """The headers that say what answered."""
-    manifest = replica.manifest
+    manifest = pool.manifest
     return [
-        (b"x-assay-tier", replica.tier.kind.value.encode()),
+        (b"x-assay-tier", pool.tier.kind.value.encode()),
         (b"x-assay-precision", manifest.precision.name.encode()),
         (b"x-assay-checkpoint", manifest.short_digest.encode()),
     ]
@@ -93,15 +93,15 @@ class Model(BaseModel):
     context_length: int
 
     @classmethod
-    def of(cls, name: str, replica: Replica) -> "Model":
-        """The entry of ``name``, which the replica answers to."""
+    def of(cls, name: str, pool: Pool) -> "Model":
+        """The entry of ``name``, which the tier answers to."""
         return cls(
             id=name,
-            created=int(replica.manifest.created.timestamp()),
-            tier=replica.tier.kind,
-            precision=replica.manifest.precision.name,
-            checkpoint=replica.manifest.short_digest,
-            context_length=replica.context_length,
+            created=int(pool.manifest.created.timestamp()),
+            tier=pool.tier.kind,
+            precision=pool.manifest.precision.name,
+            checkpoint=pool.manifest.short_digest,
+            context_length=pool.context_length,
         )
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import aiohttp
 
 from server.checkpoints import Checkpoints
-from server.engine import Engine, EngineNotStarted
+from server.engine import Engine, EngineNotStarted, PrecisionRefused
 from server.errors import Refusal, TierNotVerified, TierUnavailable
 from server.launch.local import free_port
 from server.metrics import Metrics
+from server.places import Places
 from server.turns import Turns
+from server.vitals import Finding, Patience, Vitals
 from tiers.catalog import ModelShape
 from tiers.engine import Backend, engine_command
-from tiers.errors import AssayError, CheckpointError
+from tiers.errors import AssayError
 from tiers.manifest import Manifest
 from tiers.tier import Tier
 from tiers.verification import VerifiedPrecision, verify_precision
@@ -40,23 +42,18 @@ class State(StrEnum):
     WARMING_UP = "warming up"
     READY = "ready"
     ASLEEP = "asleep"
+    SUSPENDED = "suspended"
     RESTARTING = "restarting"
     REFUSED = "refused"
     STOPPED = "stopped"
 
 
-class PrecisionRefused(AssayError):
-    """What an engine computes is not what its checkpoint declares; trying again would not change that."""
-
-    def __init__(self, tier: Tier, disagreements: tuple[str, ...]) -> None:
-        super().__init__(
-            f"{tier.name} is not served, its engine does not compute what its checkpoint declares: "
-            f"{'; '.join(disagreements)}."
-        )
+UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED})
+"""Those in which there is an engine to watch."""
 
 
 class Replica:
-    """One engine of a tier, and its life."""
+    """One engine of a tier, and its life. ``tier`` is as this engine sees it: with GPUs of its own."""
 
     def __init__(
         self,
@@ -64,6 +61,8 @@ class Replica:
         manifest: Manifest,
         context_length: int,
         *,
+        number: int = 1,
+        of: int = 1,
         backend: Backend,
         checkpoints: Checkpoints,
         logs: Path,
@@ -71,8 +70,11 @@ class Replica:
         start_timeout_s: float,
         start_locks: tuple[asyncio.Lock, ...] = (),
         turns: Turns | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.tier = tier
+        self.name = f"{tier.name} ({number} of {of})" if of > 1 else tier.name
+        """For people; callers know tiers only."""
         self.manifest = manifest
         self.context_length = context_length
         self.state = State.STOPPED
@@ -81,24 +83,30 @@ class Replica:
         self.restarts = 0
         self._backend: Backend = backend
         self._checkpoints = checkpoints
-        self._log_file = logs / f"{tier.slug}.log"
+        self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")
         self._metrics = metrics
         self._start_timeout_s = start_timeout_s
         self._start_locks = start_locks
-        self._turns = turns
+        self.turns = turns
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
-        self._ends: set[asyncio.Timeout] = set()
-        self._waiting = 0
-        """Requests that wait for the engine to wake or that it works on, where it may sleep."""
+        self._places = Places(metrics.running.labels(tier.name))
+        self._vitals = Vitals(patience or Patience())
+        self._probation: asyncio.Task[None] | None = None
         self._last_start_s = GUESSED_START_S
         self._due = 0.0
-        metrics.declare(tier.name)
+        # To be called at each part of an answer that comes from the engine, and when all of a good one has come.
+        self.heard, self.answered = self._vitals.heard, self._vitals.answered
 
     @property
     def can_answer(self) -> bool:
-        """Whether a request would be answered now, after waking the engine if need be."""
+        """Whether a request would be answered, after waking the engine if need be."""
         return self.state in (State.READY, State.ASLEEP)
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it can answer now: not so while another engine starts that it shares GPUs with."""
+        return self.can_answer and not (self.turns and self.turns.is_starting)
 
     async def start(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Start the engine, read back what it computes, and answer one request with it.
@@ -110,58 +118,51 @@ class Replica:
         async with AsyncExitStack() as turn:
             for lock in self._start_locks:
                 await turn.enter_async_context(lock)
-            if self._turns:
-                await turn.enter_async_context(self._turns.starting(self))
+            if self.turns:
+                await turn.enter_async_context(self.turns.starting(self))
             try:
                 await self._start(say)
             except Exception as error:
                 # Before the turn is passed on: whoever comes next needs the memory.
                 if isinstance(error, PrecisionRefused):
-                    self._become(State.REFUSED)
+                    self.state = State.REFUSED
                 await self._end_engine()
                 raise
 
     async def _start(self, say: Callable[[str], None]) -> None:
         if self.state is State.RESTARTING:
-            await self._verify_checkpoint()
+            await self._checkpoints.verify_again(self.tier, self.manifest)
         else:
-            self._become(State.STARTING)
+            self.state = State.STARTING
         self.verified = None
-        self._metrics.verified.labels(self.tier.name).set(0)
         began = time.monotonic()
         self._due = began + self._last_start_s
         command = engine_command(self.tier, self._backend, free_port(), secrets.token_urlsafe(32))
         self._failed.clear()
-        self._engine = await Engine.launch(self.tier.name, command, self._log_file)
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                self.engine_version = await self._engine.until_it_answers(say)
-        except TimeoutError:
-            raise EngineNotStarted(
-                f"{self.tier.name}: the engine was not ready after {self._start_timeout_s:.0f} s "
-                f"(start_timeout_s); its log is {self._log_file}."
-            ) from None
+        self._engine = await Engine.launch(self.name, command, self.log_file)
+        self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
         say("reading its precision back")
         await self._read_back(self._engine)
         say("warm-up request")
         if self.state is State.STARTING:
-            self._become(State.WARMING_UP)
+            self.state = State.WARMING_UP
         await self._engine.warm_up(self.tier.name)
         self._last_start_s = time.monotonic() - began
-        self._become(State.READY)
+        self._vitals.begin()
+        self.state = State.READY
 
     async def keep(self) -> None:
         """Watch the engine and start it again when it ends, for ever, waiting longer after each failure."""
         backoff = FIRST_BACKOFF_S
         while self.state is not State.REFUSED:
-            if self.can_answer:
+            if self.state in UP:
                 ready_since = time.monotonic()
                 await self._until_it_fails()
                 if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
                     backoff = FIRST_BACKOFF_S
-            self._become(State.RESTARTING)
+            self._fail()
             await self._end_engine()
-            log.warning("%s: the engine ended; starting it again in %.0f s", self.tier.name, backoff)
+            log.warning("%s: the engine ended; starting it again in %.0f s", self.name, backoff)
             self._due = time.monotonic() + backoff + self._last_start_s
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, LONGEST_BACKOFF_S)
@@ -173,15 +174,15 @@ class Replica:
                 log.error("%s", error)  # noqa: TRY400  # the sentence says it all
             except Exception:
                 # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
-                log.exception("%s: starting the engine failed", self.tier.name)
+                log.exception("%s: starting the engine failed", self.name)
             else:
-                log.warning("%s: the engine is back", self.tier.name)
+                log.warning("%s: the engine is back", self.name)
 
     async def stop(self) -> None:
         """End the engine; returns when nothing of it is left."""
-        self._become(State.STOPPED)
-        if self._turns:
-            self._turns.close()
+        self.state = State.STOPPED
+        if self.turns:
+            self.turns.close()
         await self._end_engine()
 
     @asynccontextmanager
@@ -193,41 +194,25 @@ class Replica:
             TierNotVerified: it was refused.
             TimeoutError: out of the block, when the engine is taken away meanwhile.
         """
-        if not self.can_answer or (self._turns and self._turns.is_starting):
+        if not self.takes_requests:
             raise self.unavailable()
         async with AsyncExitStack() as turn:
-            if self._turns:
-                self._waiting += 1
-                turn.callback(self._leave)
+            if self.turns:
+                turn.enter_context(self._places.count())
                 try:
-                    await turn.enter_async_context(self._turns.awake(self))
+                    await turn.enter_async_context(self.turns.awake(self))
                 except EngineNotStarted as error:
                     raise self.unavailable() from error
             if self.state is not State.READY or self._engine is None:
                 raise self.unavailable()
-            yield await turn.enter_async_context(self._place(self._engine))
-
-    def _leave(self) -> None:
-        self._waiting -= 1
-
-    @asynccontextmanager
-    async def _place(self, engine: Engine) -> AsyncIterator[aiohttp.ClientSession]:
-        running = self._metrics.running.labels(self.tier.name)
-        running.inc()
-        try:
-            async with asyncio.timeout(None) as end:
-                self._ends.add(end)
-                try:
-                    yield engine.session
-                finally:
-                    self._ends.discard(end)
-        finally:
-            running.dec()
+            await turn.enter_async_context(self._places.take())
+            yield self._engine.session
 
     async def sleep(self) -> None:
         """Give the GPU's memory back until `wake`; an engine that cannot is ended, and started again."""
-        if self.state is State.READY and self._engine is not None:
-            self._become(State.ASLEEP)
+        # One that is suspended sleeps as well, which ends its suspension: the memory may be wanted.
+        if self.state in (State.READY, State.SUSPENDED) and self._engine is not None:
+            self.state = State.ASLEEP
             try:
                 await self._engine.sleep()
             except EngineNotStarted as error:
@@ -247,12 +232,13 @@ class Replica:
                 raise
             self._metrics.waking.labels(self.tier.name).observe(time.monotonic() - began)
             if self.state is State.ASLEEP:  # and was not stopped meanwhile
-                self._become(State.READY)
+                self._vitals.begin()
+                self.state = State.READY
 
     @property
     def running(self) -> int:
         """Requests that the engine works on now, or that wait for it to wake."""
-        return max(len(self._ends), self._waiting)
+        return self._places.taken
 
     def unavailable(self) -> Refusal:
         """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
@@ -263,63 +249,80 @@ class Replica:
 
     async def is_alive(self) -> bool:
         """Ask the engine now, and take it out of service at once if it is gone."""
-        if not self.can_answer or self._engine is None:
+        engine = self._engine
+        if self.state not in UP or engine is None:
             return False
-        alive = await self._engine.is_alive()
-        if not alive and self.can_answer:
+        alive = await engine.is_alive()
+        if not alive and engine is self._engine:
             self._fail()
         return alive
 
+    def erred(self) -> None:
+        """To be called when the engine has answered a request with an error of its own (5xx).
+
+        After too many in a row it gets no requests for a while, and must then answer a probe, or is replaced.
+        """
+        if self.state is not State.READY or (rest_s := self._vitals.erred()) is None:
+            return
+        log.warning("%s: the engine errs at every request; it rests for %.0f s", self.name, rest_s)
+        self._metrics.ejections.labels(self.tier.name).inc()
+        self._due = time.monotonic() + rest_s
+        self.state = State.SUSPENDED
+        if self._probation:
+            self._probation.cancel()
+        self._probation = asyncio.create_task(self._let_back(rest_s))
+
+    async def _let_back(self, rest_s: float) -> None:
+        """End the suspension after ``rest_s``: one way or the other."""
+        await asyncio.sleep(rest_s)
+        if self.state is not State.SUSPENDED or self._engine is None:
+            return
+        if await self._vitals.probe(self._engine, self.tier.name) is not Finding.WORKS:
+            log.warning("%s: the engine still does not answer as it should", self.name)
+            self._fail()
+        elif self.state is State.SUSPENDED:
+            self.state = State.READY
+
     def _fail(self) -> None:
         """Out of service; the keeper starts it again."""
-        if self.state in (State.STOPPED, State.REFUSED):
+        if self.state not in UP:
             return
         self._due = time.monotonic() + FIRST_BACKOFF_S + self._last_start_s
-        self._become(State.RESTARTING)
+        self.state = State.RESTARTING
         self._failed.set()
-
-    async def _verify_checkpoint(self) -> None:
-        """What was verified before the start may have changed since: a tier is what it says, restarted or not."""
-        if Manifest.read(self.tier.checkpoint).digest != self.manifest.digest:
-            raise CheckpointError(
-                f"{self.tier.name}: the checkpoint in {self.tier.checkpoint} was rebuilt while the server ran: "
-                "restart the server to serve it."
-            )
-        await self._checkpoints.verify(self.tier, self.manifest)
 
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
         shape = ModelShape.read(self.tier.checkpoint)
         self.verified = verify_precision(self.manifest.precision, await engine.readings(), shape)
-        self._metrics.verified.labels(self.tier.name).set(self.verified.agrees)
         if not self.verified.agrees:
-            raise PrecisionRefused(self.tier, self.verified.disagreements)
-
-    def _become(self, state: State) -> None:
-        self.state = state
-        self._metrics.ready.labels(self.tier.name).set(self.can_answer)
-        self._metrics.asleep.labels(self.tier.name).set(state is State.ASLEEP)
+            raise PrecisionRefused(self.name, self.verified.disagreements)
 
     async def _until_it_fails(self) -> None:
-        assert self._engine is not None
-        assert self._engine.process is not None
-        ended = asyncio.create_task(self._engine.process.wait())
-        failed = asyncio.create_task(self._failed.wait())
+        engine = self._engine
+        assert engine is not None
+        assert engine.process is not None
+        hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
+        signs = (engine.process.wait(), self._failed.wait(), self._until_it_is_gone(), hangs)
+        watching = [asyncio.ensure_future(sign) for sign in signs]
         try:
-            while True:
-                done, _ = await asyncio.wait({ended, failed}, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
-                if done or not await self.is_alive():
-                    return
+            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            ended.cancel()
-            failed.cancel()
+            for sign in watching:
+                sign.cancel()
+
+    async def _until_it_is_gone(self) -> None:
+        await asyncio.sleep(WATCH_S)
+        while await self.is_alive():
+            await asyncio.sleep(WATCH_S)
 
     async def _end_engine(self) -> None:
         # First what is still being answered, which so gets its error event, whatever the engine makes of its end.
-        for end in self._ends:
-            end.reschedule(0)
+        self._places.break_off()
+        if self._probation:
+            self._probation.cancel()
         if self._engine is not None:
             await self._engine.stop()
             self._engine = None  # only now, so that a second call ends it too
-        if self._turns:
-            self._turns.forget(self)
+        if self.turns:
+            self.turns.forget(self)

@@ -18,18 +18,21 @@ from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import ConnectionLimits, connection_class, room_for
+from server.engine import PrecisionRefused
 from server.fleet import Fleet
 from server.keys import Keys
 from server.launch.local import GRACE_S
 from server.line import notice_the_gone
 from server.metrics import Metrics
+from server.pool import Pool
 from server.progress import Steps
-from server.replica import PrecisionRefused, Replica
+from server.replica import Replica
 from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
+from tiers.plan import TierPlan
 from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
@@ -154,32 +157,48 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
     checkpoints = Checkpoints(config, steps, may_build=build)
     manifests = await checkpoints.prepare(tiers)
     metrics = Metrics()
-    turns = _turns(tiers, config.idle_after_s)
-    locks = {gpu: asyncio.Lock() for tier in tiers for gpu in tier.resources.gpus}
-    replicas = [
-        Replica(
-            plan.tier,
+    plans = place(tiers, Machine.here(backend))
+    engines = [engine for plan in plans for engine in plan.tier.engines()]
+    turns = _turns(engines, config.idle_after_s)
+    locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
+
+    def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
+        return Replica(
+            engine,
             manifests[plan.name],
             plan.context_length,
+            number=number,
+            of=plan.replicas,
             backend=backend,
             checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
             start_timeout_s=config.start_timeout_s,
-            start_locks=_start_locks(plan.tier, backend, locks),
-            turns=turns.get(plan.name),
+            start_locks=_start_locks(engine, backend, locks),
+            turns=turns.get((engine.name, engine.resources.gpus)),
+            patience=config,
         )
-        for plan in place(tiers, Machine.here(backend))
+
+    pools = [
+        Pool(
+            plan.tier,
+            [replica(plan, number, engine) for number, engine in enumerate(plan.tier.engines(), 1)],
+            metrics,
+            max_num_seqs=plan.max_num_seqs,
+        )
+        for plan in plans
     ]
-    return Fleet(replicas), metrics
+    return Fleet(pools), metrics
 
 
-def _turns(tiers: Sequence[Tier], idle_after_s: float) -> dict[str, Turns]:
-    """For the tiers that sleep, by name: those that share a GPU, also through others, take turns."""
-    sleepers = [tier for tier in tiers if tier.resources.idle == "sleep"]
-    groups = share([frozenset(tier.resources.gpus) for tier in sleepers])
+def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tuple[int, ...]], Turns]:
+    """For those that sleep, by name and GPUs: engines that share a GPU, also through others, take turns."""
+    sleepers = [engine for engine in engines if engine.resources.idle == "sleep"]
+    groups = share([frozenset(engine.resources.gpus) for engine in sleepers])
     made = {group: Turns(idle_after_s) for group in set(groups)}
-    return {tier.name: made[group] for tier, group in zip(sleepers, groups, strict=True)}
+    return {
+        (engine.name, engine.resources.gpus): made[group] for engine, group in zip(sleepers, groups, strict=True)
+    }
 
 
 def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
@@ -241,7 +260,7 @@ async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
 
     async def start(replica: Replica) -> PrecisionRefused | None:
         try:
-            with steps.step(f"Engine {replica.tier.name}") as step:
+            with steps.step(f"Engine {replica.name}") as step:
                 await replica.start(step.detail)
         except PrecisionRefused as refusal:
             log.error("%s", refusal)  # noqa: TRY400  # the sentence says it all

@@ -37,7 +37,9 @@ def tiers_table(tiers: Sequence[dict[str, Any]]) -> Table:
     """The tiers of a running server, as its ``/v1/tiers`` tells them."""
     made = table("model", "precision", "verified", "recipe", "bits", "checkpoint", "context", "state")
     for tier in tiers:
-        state, verified = tier["state"], tier["verified"]
+        state, verified, replicas = tier["state"], tier["verified"], tier["replicas"]
+        if len(replicas) > 1:
+            state += f" ({sum(each['state'] == tier['state'] for each in replicas)} of {len(replicas)})"
         made.add_row(
             tier["id"],
             tier["precision"],
@@ -46,7 +48,7 @@ def tiers_table(tiers: Sequence[dict[str, Any]]) -> Table:
             f"{tier['checkpoint']['bits_per_weight']:.2f}",
             tier["checkpoint"]["digest"][:SHORT_DIGEST],
             str(tier["context_length"]),
-            f"[green]{state}[/]" if state == "ready" else f"[yellow]{escape(state)}[/]",
+            f"[green]{state}[/]" if tier["state"] == "ready" else f"[yellow]{escape(state)}[/]",
         )
     return made
 

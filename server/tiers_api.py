@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from server.fleet import Fleet
+from server.pool import Pool
 from server.replica import Replica
 from server.routing import Routes
 from tiers.manifest import Calibration
@@ -45,6 +46,20 @@ class EngineInfo(BaseModel):
     version: str | None
 
 
+class ReplicaInfo(BaseModel):
+    """One of the tier's engines."""
+
+    state: str
+    restarts: int
+    verified: VerifiedPrecision | None
+    """What was read back from this one; null until it has been."""
+
+    @classmethod
+    def of(cls, replica: Replica) -> "ReplicaInfo":
+        """What is known of it now."""
+        return cls(state=replica.state.value, restarts=replica.restarts, verified=replica.verified)
+
+
 class TierInfo(BaseModel):
     """One tier of a running server."""
 
@@ -57,18 +72,22 @@ class TierInfo(BaseModel):
     declared: Precision
     """What the checkpoint's manifest promises."""
     verified: VerifiedPrecision | None
-    """What was read back from the running engine, layer by layer; null until it has been."""
+    """What was read back from a running engine, layer by layer; null until it has been. With several replicas that
+    of the first one that disagrees with what is declared, or else of the first."""
     recipe: RecipeInfo
     checkpoint: CheckpointInfo
     context_length: int
     engine: EngineInfo
     state: str
+    """That of the replica which could answer soonest."""
     restarts: int
+    """Of all replicas together."""
+    replicas: list[ReplicaInfo]
 
     @classmethod
-    def of(cls, replica: Replica) -> "TierInfo":
-        """What is known of the replica's tier now."""
-        tier, manifest = replica.tier, replica.manifest
+    def of(cls, pool: Pool) -> "TierInfo":
+        """What is known of the tier now."""
+        tier, manifest = pool.tier, pool.manifest
         return cls(
             id=tier.name,
             names=list(tier.names),
@@ -76,7 +95,7 @@ class TierInfo(BaseModel):
             tier=tier.kind,
             precision=manifest.precision.name,
             declared=manifest.precision,
-            verified=replica.verified,
+            verified=pool.verified,
             recipe=RecipeInfo(name=manifest.recipe, summary=tier.recipe.summary, text=manifest.recipe_text),
             checkpoint=CheckpointInfo(
                 digest=manifest.digest,
@@ -91,10 +110,11 @@ class TierInfo(BaseModel):
                 seed=manifest.seed,
                 versions=manifest.versions,
             ),
-            context_length=replica.context_length,
-            engine=EngineInfo(version=replica.engine_version),
-            state=replica.state.value,
-            restarts=replica.restarts,
+            context_length=pool.context_length,
+            engine=EngineInfo(version=pool.engine_version),
+            state=pool.state.value,
+            restarts=pool.restarts,
+            replicas=[ReplicaInfo.of(replica) for replica in pool.replicas],
         )
 
 
@@ -111,7 +131,7 @@ def tiers_router(fleet: Fleet, routes: Routes) -> APIRouter:
 
     @router.get("/v1/tiers")
     async def list_tiers() -> TierList:
-        return TierList(data=[TierInfo.of(replica) for replica in fleet.replicas])
+        return TierList(data=[TierInfo.of(pool) for pool in fleet.pools])
 
     @router.get("/v1/tiers/{model:path}")
     async def get_tier(model: str) -> TierInfo:

@@ -1,6 +1,7 @@
 """A process tree on this machine, tied to the gateway's life. Knows commands and logs; knows nothing of HTTP."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ import psutil
 
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL; an engine has nothing to save."""
+TETHER_GRACE_S = 5.0
+"""What its tether may take beyond that; it is killed too if somebody has stopped it (SIGSTOP)."""
 
 
 def free_port() -> int:
@@ -72,10 +75,12 @@ class LocalProcess:
         """End the whole tree; returns when nothing of it is left. Safe to call again."""
         if self._process.returncode is None:
             self._process.terminate()
-            await self._process.wait()
-        # The tether has left nothing, unless somebody killed the tether.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), GRACE_S + TETHER_GRACE_S)
+        # The tether has left nothing, unless somebody killed or stopped the tether.
         while self._kill_group():
             await asyncio.sleep(0.05)
+        await self._process.wait()
 
     def _kill_group(self) -> bool:
         """Kill whoever is left of the process group that the tether led; False once nobody lives."""

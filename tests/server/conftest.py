@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +22,11 @@ from server.engine import Engine
 from server.fleet import Fleet
 from server.launch.local import LocalProcess
 from server.metrics import Metrics
+from server.pool import Pool
 from server.progress import Steps
 from server.replica import Replica, State
 from server.turns import Turns
+from server.vitals import Patience, Vitals
 from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
 
@@ -34,15 +38,38 @@ class FakeEngineReplica(Replica):
 
     def connect(self, url: str) -> None:
         self._engine = Engine(self.tier.name, url, "key", None)
-        self._become(State.READY)
+        self.state = State.READY
+
+    @property
+    def engine(self) -> Engine:
+        """The way to the test's handler."""
+        assert self._engine is not None
+        return self._engine
+
+    def lose_patience(self, patience: Patience) -> None:
+        """Expect signs of life as soon as the test does."""
+        self._vitals = Vitals(patience)
+        self.heard, self.answered = self._vitals.heard, self._vitals.answered
+
+    def due_in(self, seconds: float) -> None:
+        """When it says that it will be back."""
+        self._due = time.monotonic() + seconds
+
+    @asynccontextmanager
+    async def works_on(self, requests: int) -> AsyncIterator[None]:
+        """Have so many more requests."""
+        async with AsyncExitStack() as stack:
+            for _ in range(requests):
+                await stack.enter_async_context(self._places.take())
+            yield
 
     def take_turns(self, turns: Turns) -> None:
         """Let it sleep while idle."""
-        self._turns = turns
+        self.turns = turns
 
     def refuse(self) -> None:
         """What a start does that finds another precision."""
-        self._become(State.REFUSED)
+        self.state = State.REFUSED
 
     async def read_back(self) -> None:
         """Ask the engine what it computes, as a start does."""
@@ -144,10 +171,8 @@ class Gateway:
         return value
 
 
-@pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
-    config = Config(home=tmp_path, body_limit_mib=1)
-    metrics = Metrics()
+def fake_replica(config: Config, metrics: Metrics, number: int = 1, of: int = 1) -> FakeEngineReplica:
+    """One of the first tier's, without an engine yet."""
     tier = config.tiers[0]
     manifest = Manifest(
         model=tier.model,
@@ -162,17 +187,28 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
         created=datetime.now(UTC),
         files={},
     )
-    replica = FakeEngineReplica(
+    return FakeEngineReplica(
         tier,
         manifest,
         2048,
+        number=number,
+        of=of,
         backend="cpu",
         checkpoints=Checkpoints(config, Steps()),
-        logs=tmp_path,
+        logs=config.home,
         metrics=metrics,
         start_timeout_s=1,
     )
-    made = Gateway(build_app(config, Fleet([replica]), metrics), replica, metrics)
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    config = Config(home=tmp_path, body_limit_mib=1)
+    metrics = Metrics()
+    tier = config.tiers[0]
+    replica = fake_replica(config, metrics)
+    fleet = Fleet([Pool(tier, [replica], metrics, max_num_seqs=128)])
+    made = Gateway(build_app(config, fleet, metrics), replica, metrics)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)

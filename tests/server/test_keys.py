@@ -22,6 +22,8 @@ from server.console import welcome
 from server.errors import KeyInvalid, KeyMissing, Refusal, envelope
 from server.fleet import Fleet
 from server.keys import LOOK_EVERY_S, Key, KeyFile, Keys
+from server.metrics import Metrics
+from server.pool import Pool
 from server.serve import check_reach, listening_socket
 from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
@@ -516,7 +518,8 @@ def _has_ipv6() -> bool:
 
 
 async def test_the_greeting_says_who_may_call(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
-    fleet = Fleet([gateway.replica])
+    replica = gateway.replica
+    fleet = Fleet([Pool(replica.tier, [replica], Metrics(), max_num_seqs=1)])
     welcome(fleet, "http://127.0.0.1:8000", with_keys=False)
     shown = capsys.readouterr().out
     assert "\nNo keys: whoever is on this machine may call. `assay keys add NAME` makes one.\n" in shown

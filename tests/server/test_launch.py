@@ -42,6 +42,14 @@ def none_remains(processes: list[psutil.Process], seconds: float = 5) -> bool:
     return True
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether it does; one that only waits for its new parent to take note of its end does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def test_stopping_ends_the_whole_tree(tmp_path: Path) -> None:
     process, children = await start(WAITS, tmp_path)
     assert len(children) == 2
@@ -103,6 +111,23 @@ async def test_a_stop_that_is_cut_short_can_be_repeated(tmp_path: Path) -> None:
     os.kill(children[0].ppid(), signal.SIGKILL)
     await process.stop()
     assert none_remains(children, 0)
+
+
+@pytest.mark.parametrize("whom", ["the command", "a child", "the tether", "all of it"])
+async def test_a_tree_that_was_stopped_takes_no_sigterm_and_is_ended_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whom: str
+) -> None:
+    """As an engine that hangs: its API server, its core, a worker, or whatever SIGSTOP reached."""
+    monkeypatch.setattr("server.launch.local.GRACE_S", 0.2)
+    monkeypatch.setattr("server.launch.local.TETHER_GRACE_S", 0.2)
+    process, children = await start(WAITS, tmp_path)
+    command = psutil.Process(children[0].ppid())
+    tether = psutil.Process(command.ppid())
+    stopped = {"the command": [command], "a child": children[:1], "the tether": [tether]}
+    for each in stopped.get(whom, [tether, command, *children]):
+        each.send_signal(signal.SIGSTOP)
+    await asyncio.wait_for(process.stop(), 5)
+    assert not any(map(lives, [tether, command, *children]))
 
 
 async def test_a_replica_whose_stop_is_cut_short_still_has_its_engine(gateway: Gateway, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server.engine import EngineNotStarted
-from server.replica import PrecisionRefused, State
+from server.engine import EngineNotStarted, PrecisionRefused
+from server.replica import State
 from tests.server.conftest import Answer, Gateway
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
