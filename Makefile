@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes bench-gateway clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,5 +47,8 @@ bench: ## speed, size and divergence of each tier of a running server; options i
 bench-recipes: ## every quantization recipe tried, built and measured anew (two hours); options in ARGS
 	PYTHONPATH=$(CURDIR) .venv-quantize/bin/python -m tests.bench.recipes $(ARGS)
 
+bench-gateway: install-dev ## what a request costs here, in vLLM's router and in LiteLLM (five minutes); options in ARGS
+	$(RUN)/python -m tests.bench.gateway $(ARGS)
+
 clean: ## remove environments, checkpoints and logs
-	rm -rf .venv .venv-quantize .assay
+	rm -rf .venv .venv-quantize .venv-bench .assay

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from server.app import build_app
 from server.checkpoints import Checkpoints
@@ -219,22 +220,7 @@ async def _run(
     announce: Announce,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    server = Server(
-        uvicorn.Config(
-            build_app(config, fleet, metrics),
-            loop="uvloop",
-            http=connection_class(
-                ConnectionLimits(config.header_timeout_s, config.keep_alive_s, config.max_connections),
-                lambda refusal: metrics.connections_refused.labels(refusal.code).inc(),
-            ),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(config.drain_timeout_s + GRACE_S + LAST_WORDS_S),
-        )
-    )
+    server = http_server(build_app(config, fleet, metrics), config, metrics)
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
         ending.push_async_callback(_stop_gateway, server, gateway)
@@ -248,6 +234,26 @@ async def _run(
         if gateway.done():
             gateway.result()
         await _drain(config, fleet, server, stop)
+
+
+def http_server(app: FastAPI, config: Config, metrics: Metrics) -> Server:
+    """What speaks HTTP in front of ``app``."""
+    limits = ConnectionLimits(config.header_timeout_s, config.keep_alive_s, config.max_connections)
+    return Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http=connection_class(
+                limits, lambda refusal: metrics.connections_refused.labels(refusal.code).inc()
+            ),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(config.drain_timeout_s + GRACE_S + LAST_WORDS_S),
+        )
+    )
 
 
 def _url_of(listener: socket.socket) -> str:

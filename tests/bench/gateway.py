@@ -1,0 +1,250 @@
+"""What a gateway costs: ours, vLLM's router and LiteLLM's proxy in front of one fake upstream, in one run.
+
+usage: make bench-gateway ARGS="[--quick] [--requests N] [--only NAME ...] [--json]"
+
+Costs are CPU time, user and system, of all of a gateway's processes, divided by what it answered meanwhile; every
+answer is checked. All gateways run at once and take turns, and a figure is the median over the rounds, so that
+whatever else the machine does weighs on all of them alike. Latencies are of this machine, whose cores the gateways
+share with what asks and with what answers; the row of the upstream alone says how much of them that is.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from server.progress import Steps
+from tests.bench.gateways import Direct, Gateway, LiteLLM, NotMeasured, Ours, VllmRouter
+from tests.bench.load import Load, Order, Result, WrongAnswer
+
+CONNECTIONS = (1, 32)
+STREAMS = 32
+CHUNKS = 64
+MEMORY_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What the gateway has to reach: at most so many times what another one needs."""
+
+    figure: str
+    other: str
+    at_most: float
+
+
+PER_REQUEST = tuple(f"cpu_us_per_request_{connections}" for connections in CONNECTIONS)
+PER_CHUNK = "cpu_us_per_chunk"
+BARS = (
+    *(Bar(figure, VllmRouter.name, 3.5) for figure in PER_REQUEST),
+    Bar(PER_CHUNK, VllmRouter.name, 1.8),
+    *(Bar(figure, LiteLLM.name, 1 / 30) for figure in PER_REQUEST),
+    Bar(PER_CHUNK, LiteLLM.name, 1 / 12),
+)
+
+
+@dataclass
+class Row:
+    """One gateway: every figure, a value a round; or why there is none."""
+
+    gateway: str
+    switched_on: str
+    problem: str | None = None
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    memory_mb: list[float] = field(default_factory=list)
+    """While it answered `--requests` requests, at even steps."""
+
+    def add(self, figure: str, value: float) -> None:
+        """What one round gave."""
+        self.rounds.setdefault(figure, []).append(value)
+
+    def __getitem__(self, figure: str) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.rounds[figure])
+
+
+def measure(folder: Path, *, names: Sequence[str], rounds: int, seconds: float, requests: int) -> list[Row]:
+    """One row a gateway; those that cannot be measured say why."""
+    with Steps() as steps, ExitStack() as running:
+        direct = Direct(folder)
+        others = [kind(direct.url, folder) for kind in (Ours, VllmRouter, LiteLLM) if kind.name in names]
+        rows: dict[Gateway, Row] = {each: Row(each.name, each.switched_on) for each in (direct, *others)}
+        for gateway, row in rows.items():
+            running.callback(gateway.stop)
+            with steps.step(gateway.name) as step, told(row):
+                gateway.install(step.detail)
+                gateway.start(step.detail)
+        for number in range(rounds):
+            with steps.step(f"round {number + 1} of {rounds}") as step:
+                for gateway, row in _sound(rows, number):
+                    with told(row):
+                        measure_once(gateway, row, seconds, step.detail)
+        for gateway, row in _sound(rows, 0):
+            if isinstance(gateway, Ours):
+                with steps.step(f"memory of {gateway.name} over {requests:,} requests") as step, told(row):
+                    measure_memory(gateway, row, requests, step.detail)
+    return list(rows.values())
+
+
+def _sound(rows: dict[Gateway, Row], first: int) -> Iterator[tuple[Gateway, Row]]:
+    """Those that have no problem, each round another one first."""
+    every = list(rows.items())
+    first %= len(every)
+    for gateway, row in every[first:] + every[:first]:
+        if row.problem is None:
+            yield gateway, row
+
+
+@contextmanager
+def told(row: Row) -> Iterator[None]:
+    """What keeps a gateway from being measured is said in its row, and the others go on."""
+    try:
+        yield
+    except (NotMeasured, WrongAnswer) as problem:
+        row.problem = str(problem)
+
+
+def measure_once(gateway: Gateway, row: Row, seconds: float, say: Callable[[str], None]) -> None:
+    """One value of every figure.
+
+    Raises:
+        WrongAnswer: the figure would be of something else.
+    """
+    for connections in CONNECTIONS:
+        say(f"{gateway.name}: {connections} at once")
+        cpu_s, result = _cost(gateway, gateway.order(connections=connections, kinds=("whole",), seconds=seconds))
+        row.add(f"cpu_us_per_request_{connections}", cpu_s * 1e6 / result.requests)
+        row.add(f"p50_ms_{connections}", result.p50_ms)
+        row.add(f"p99_ms_{connections}", result.p99_ms)
+        row.add(f"requests_per_s_{connections}", result.requests / result.seconds)
+    say(f"{gateway.name}: {STREAMS} streams")
+    order = gateway.order(connections=STREAMS, kinds=("stream",), tokens=CHUNKS, seconds=seconds)
+    cpu_s, result = _cost(gateway, order)
+    row.add(PER_CHUNK, cpu_s * 1e6 / result.chunks)
+    row.add("chunks_per_read", result.chunks_per_read)
+    row.add("first_chunk_ms", result.first_ms)
+    row.add("rss_mb", gateway.rss_mb())
+
+
+def _cost(gateway: Gateway, order: Order) -> tuple[float, Result]:
+    with Load(order) as load:
+        before = gateway.cpu_s()
+        result = load.run()
+        return gateway.cpu_s() - before, result
+
+
+def measure_memory(gateway: Gateway, row: Row, requests: int, say: Callable[[str], None]) -> None:
+    """The memory in steps, while answers and short streams are asked for in turn.
+
+    Raises:
+        WrongAnswer: it did not answer.
+    """
+    row.memory_mb.append(gateway.rss_mb())
+    share = requests // MEMORY_STEPS
+    for done in range(0, share * MEMORY_STEPS, share):
+        say(f"{done:,}: {row.memory_mb[-1]:.1f} MB")
+        with Load(gateway.order(connections=32, kinds=("whole", "stream"), tokens=2, requests=share)) as load:
+            load.run()
+        row.memory_mb.append(gateway.rss_mb())
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Every figure of every gateway."""
+    table = Table(
+        *("gateway", "CPU/request, 1", "of 32", "p50 / p99, 1", "of 32", "CPU/chunk", "chunks/read", "memory"),
+        *("switched on",),
+        box=None,
+    )
+    for row in rows:
+        if row.problem:
+            table.add_row(row.gateway, f"[red]not measured:[/] {escape(row.problem)}")
+            continue
+        table.add_row(
+            row.gateway,
+            *(f"{row[f'cpu_us_per_request_{n}']:,.0f} µs" for n in CONNECTIONS),
+            *(f"{row[f'p50_ms_{n}']:.2f} / {row[f'p99_ms_{n}']:.2f} ms" for n in CONNECTIONS),
+            f"{row[PER_CHUNK]:,.1f} µs",
+            f"{row['chunks_per_read']:.2f}",
+            f"{row['rss_mb']:.0f} MB",
+            row.switched_on,
+        )
+    return table
+
+
+def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Ours to each of the others, and what it has to be; nothing for those that were not measured."""
+    sound = {row.gateway: row for row in rows if row.problem is None}
+    ours = sound.get(Ours.name)
+    return [
+        {**asdict(bar), "ratio": (ratio := ours[bar.figure] / sound[bar.other][bar.figure])}
+        | {"reached": ratio <= bar.at_most}
+        for bar in BARS
+        if ours and bar.other in sound
+    ]
+
+
+def bars_of(ratios: Sequence[dict[str, Any]]) -> Table:
+    """Ours against the bars."""
+    table = Table("assay", "times that of", "is", "at most", "", box=None)
+    for each in ratios:
+        ratio, at_most = (_times(each[name]) for name in ("ratio", "at_most"))
+        verdict = "[green]reached[/]" if each["reached"] else "[red]missed[/]"
+        table.add_row(each["figure"].replace("_", " "), each["other"], ratio, at_most, verdict)
+    return table
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} ×" if ratio >= 1 else f"1/{1 / ratio:.1f}"
+
+
+def main() -> None:
+    """Measure, and print tables or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [kind.name for kind in (Ours, VllmRouter, LiteLLM)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, default=5, help="how often each gateway has its turn")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each of the three measurements of a turn")
+    parser.add_argument("--requests", type=int, default=10_000, help="over which ours must not grow")
+    parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds, options.requests = 1, 1.0, min(options.requests, 1000)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all that ends processes
+    with tempfile.TemporaryDirectory(prefix="assay-bench-") as folder:
+        rows = measure(
+            Path(folder),
+            names=options.only,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            requests=options.requests,
+        )
+    ratios = ratios_of(rows)
+    if options.json:
+        json.dump({"gateways": [asdict(row) for row in rows], "ratios": ratios}, sys.stdout, indent=2)
+        return
+    console = Console(width=180)
+    console.print(table_of(rows))
+    console.print()
+    console.print(bars_of(ratios))
+    for row in rows:
+        if row.memory_mb:
+            first, second, *_, last = row.memory_mb
+            print(
+                f"\n{row.gateway} held {first:.1f} MB before {options.requests:,} requests, {second:.1f} MB after "
+                f"a tenth of them and {last:.1f} MB after all."
+            )
+
+
+if __name__ == "__main__":
+    main()
