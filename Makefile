@@ -6,10 +6,10 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes bench-gateway clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes bench-gateway bench-throughput clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: install ## install, prepare the tiers, start them, serve on http://127.0.0.1:8000
 	@exec $(RUN)/assay serve --config $(CONFIG)
@@ -47,8 +47,11 @@ bench: ## speed, size and divergence of each tier of a running server; options i
 bench-recipes: ## every quantization recipe tried, built and measured anew (two hours); options in ARGS
 	PYTHONPATH=$(CURDIR) .venv-quantize/bin/python -m tests.bench.recipes $(ARGS)
 
-bench-gateway: install-dev ## what a request costs here, in vLLM's router and in LiteLLM (five minutes); options in ARGS
+bench-gateway: install-dev ## what a request costs here, in vLLM's router and in LiteLLM; options in ARGS
 	$(RUN)/python -m tests.bench.gateway $(ARGS)
+
+bench-throughput: install-dev ## tokens per second of a real engine, direct and through the gateway; options in ARGS
+	$(RUN)/python -m tests.bench.throughput $(ARGS)
 
 clean: ## remove environments, checkpoints and logs
 	rm -rf .venv .venv-quantize .venv-bench .assay

@@ -162,12 +162,11 @@ def table_of(rows: Sequence[Row]) -> Table:
     """Every figure of every gateway."""
     table = Table(
         *("gateway", "CPU/request, 1", "of 32", "p50 / p99, 1", "of 32", "CPU/chunk", "chunks/read", "memory"),
-        *("switched on",),
         box=None,
     )
     for row in rows:
         if row.problem:
-            table.add_row(row.gateway, f"[red]not measured:[/] {escape(row.problem)}")
+            table.add_row(row.gateway, "[red]not measured[/]")
             continue
         table.add_row(
             row.gateway,
@@ -176,7 +175,6 @@ def table_of(rows: Sequence[Row]) -> Table:
             f"{row[PER_CHUNK]:,.1f} µs",
             f"{row['chunks_per_read']:.2f}",
             f"{row['rss_mb']:.0f} MB",
-            row.switched_on,
         )
     return table
 
@@ -233,15 +231,18 @@ def main() -> None:
     if options.json:
         json.dump({"gateways": [asdict(row) for row in rows], "ratios": ratios}, sys.stdout, indent=2)
         return
-    console = Console(width=180)
+    console = Console(width=130, highlight=False)
     console.print(table_of(rows))
-    console.print()
+    for row in rows:
+        console.print(
+            f"{row.gateway}: {escape(row.problem or row.switched_on)}", style="red" if row.problem else "dim"
+        )
     console.print(bars_of(ratios))
     for row in rows:
         if row.memory_mb:
             first, second, *_, last = row.memory_mb
-            print(
-                f"\n{row.gateway} held {first:.1f} MB before {options.requests:,} requests, {second:.1f} MB after "
+            console.print(
+                f"{row.gateway} held {first:.1f} MB before {options.requests:,} requests, {second:.1f} MB after "
                 f"a tenth of them and {last:.1f} MB after all."
             )
 

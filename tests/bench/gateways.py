@@ -158,7 +158,7 @@ class Direct(Gateway):
     """No gateway: what the upstream itself costs, and the latency that nothing can be under."""
 
     name = "upstream alone"
-    switched_on = "-"
+    switched_on = "nothing between"
 
     def __init__(self, folder: Path) -> None:
         super().__init__("", folder)

@@ -26,12 +26,13 @@ import uvloop
 from tests.bench import upstream
 
 ROOT = Path(__file__).parents[2]
-WARM_UP = 20
-"""Answers to a connection before anything counts; of streams, one."""
+WARM_UP = 64
+"""Answers before anything counts, over all connections, but one each at least; one stream each."""
 LONGEST_S = 60.0
 """An answer that takes longer is a wrong one."""
 
-Kind = Literal["whole", "stream"]
+Kind = Literal["whole", "stream", "generate"]
+"""An answer in one piece, one in events, and one in events from a real engine, whose text nobody knows."""
 
 
 class WrongAnswer(Exception):
@@ -164,7 +165,7 @@ class Asker:
             (await loop.create_connection(Connection, str(address.hostname), int(address.port or 80)))[1]
             for _ in range(self._order.connections)
         ]
-        times = {"whole": WARM_UP, "stream": 1}
+        times: dict[Kind, int] = {"whole": max(1, WARM_UP // len(made)), "stream": 1, "generate": 0}
         kinds = [kind for kind in self._order.kinds for _ in range(times[kind])]
         await asyncio.gather(*(self._ask_all(connection, kinds) for connection in made))
         self._answers.clear()
@@ -203,7 +204,9 @@ class Asker:
             if kind == "whole":
                 check_whole(answer)
             else:
-                check_stream(answer, self._order.tokens)
+                texts = check_stream(answer, self._order.tokens)
+                if kind == "stream" and texts != upstream.tokens_of(self._order.tokens):
+                    raise WrongAnswer(f"{len(texts)} chunks instead of {self._order.tokens}, or other ones")
                 self._chunks += self._order.tokens
                 self._chunk_reads += answer.reads
             answer.body.clear()
@@ -224,7 +227,12 @@ def _request(order: Order, kind: Kind) -> bytes:
         "top_p": 0.95,
     }
     streamed = {"max_tokens": order.tokens, "stream": True, "stream_options": {"include_usage": True}}
-    body = msgspec.json.encode(question | ({"max_tokens": upstream.TOKENS} if kind == "whole" else streamed))
+    further: dict[Kind, dict[str, object]] = {
+        "whole": {"max_tokens": upstream.TOKENS},
+        "stream": streamed,
+        "generate": streamed | {"ignore_eos": True},
+    }
+    body = msgspec.json.encode(question | further[kind])
     address = urlsplit(order.url)
     headers = {
         "host": address.netloc,
@@ -253,8 +261,8 @@ def check_whole(answer: Answer) -> None:
         raise WrongAnswer(f"another usage: {bytes(answer.body[-300:])!r}")
 
 
-def check_stream(answer: Answer, tokens: int) -> None:
-    """Hold a stream against what the upstream sends: each token as one event, the usage, the end.
+def check_stream(answer: Answer, tokens: int) -> list[str]:
+    """Hold a stream against what it has to be: events, the usage of as many tokens, the end. Its texts.
 
     Raises:
         WrongAnswer: it is not that.
@@ -264,14 +272,11 @@ def check_stream(answer: Answer, tokens: int) -> None:
     *events, end = [event for event in bytes(answer.body).replace(b"\r\n", b"\n").split(b"\n\n") if event]
     if end != b"data: [DONE]":
         raise WrongAnswer(f"the stream ended with {end[-300:]!r}")
-    said = [
-        msgspec.json.decode(event.removeprefix(b"data: "), type=_Body) for event in events if event[:1] != b":"
-    ]
-    texts = [choice.delta.content for body in said for choice in body.choices if choice.delta.content]
-    if texts != upstream.tokens_of(tokens):
-        raise WrongAnswer(f"{len(texts)} chunks instead of {tokens}, or others: {events[-3:]!r}")
+    data = [event.removeprefix(b"data: ") for event in events if not event.startswith(b":")]
+    said = [msgspec.json.decode(each, type=_Body) for each in data]
     if [body.usage.completion_tokens for body in said if body.usage] != [tokens]:
         raise WrongAnswer(f"the usage is missing or another: {events[-2:]!r}")
+    return [choice.delta.content for body in said for choice in body.choices if choice.delta.content]
 
 
 class Load:
