@@ -51,7 +51,8 @@ def _reply(body: bytes) -> bytes:
     return head % (_DATE, len(body)) + body
 
 
-def _whole() -> bytes:
+def whole() -> bytes:
+    """The answer that is not streamed."""
     message = {
         "role": "assistant",
         "content": "".join(tokens_of(TOKENS)),
@@ -118,7 +119,7 @@ def _event(token: str, **ended: Any) -> bytes:
 
 
 @cache
-def _stream(count: int, usage: bool) -> tuple[bytes, ...]:
+def stream(count: int, usage: bool) -> tuple[bytes, ...]:
     """What is written at each interval. As vLLM does, the first and the last token's event do not come alone."""
     tokens = tokens_of(count)
     writes = [_event(token) for token in tokens]
@@ -140,7 +141,7 @@ _ROUTES = {
     b"/health": b"HTTP/1.1 200 OK\r\n" + _DATE + b"content-length: 0\r\nvary: Origin\r\n\r\n",
     b"/version": _reply(_json({"version": "0.32.0"})),
     b"/v1/models": _reply(_json(_MODELS)),
-    b"/v1/chat/completions": _whole(),
+    b"/v1/chat/completions": whole(),
 }
 _MISSING = b"HTTP/1.1 404 Not Found\r\n" + _DATE + b"content-length: 0\r\n\r\n"
 
@@ -175,7 +176,7 @@ class Upstream(asyncio.Protocol):
         """Answer, at once or in time."""
         if self._url == b"/v1/chat/completions" and _STREAMED.search(self._body):
             asked = _MAX_TOKENS.search(self._body)
-            writes = _stream(int(asked[1]) if asked else TOKENS, bool(_USAGE_WANTED.search(self._body)))
+            writes = stream(int(asked[1]) if asked else TOKENS, bool(_USAGE_WANTED.search(self._body)))
             self._write(writes, 0, asyncio.get_running_loop().time())
         else:
             self._transport.write(_ROUTES.get(self._url, _MISSING))
