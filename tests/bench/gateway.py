@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from server.progress import Steps
+from tests.bench.answers import WrongAnswer
 from tests.bench.gateways import Direct, Gateway, LiteLLM, NotMeasured, Ours, VllmRouter
-from tests.bench.load import Load, Order, Result, WrongAnswer
+from tests.bench.load import Load, Order, Result
 
 CONNECTIONS = (1, 32)
 STREAMS = 32
@@ -58,11 +59,17 @@ class Row:
     """One gateway: every figure, a value a round; or why there is none."""
 
     gateway: str
+    version: str
     switched_on: str
     problem: str | None = None
     rounds: dict[str, list[float]] = field(default_factory=dict)
     memory_mb: list[float] = field(default_factory=list)
     """While it answered `--requests` requests, at even steps."""
+
+    @classmethod
+    def of(cls, gateway: Gateway) -> Self:
+        """An empty one."""
+        return cls(gateway.name, gateway.version, gateway.switched_on)
 
     def add(self, figure: str, value: float) -> None:
         """What one round gave."""
@@ -72,16 +79,23 @@ class Row:
         """The median over the rounds."""
         return statistics.median(self.rounds[figure])
 
+    @property
+    def medians(self) -> dict[str, float]:
+        """Of every figure."""
+        return {figure: self[figure] for figure in self.rounds}
+
 
 def measure(folder: Path, *, names: Sequence[str], rounds: int, seconds: float, requests: int) -> list[Row]:
     """One row a gateway; those that cannot be measured say why."""
     with Steps() as steps, ExitStack() as running:
         direct = Direct(folder)
         others = [kind(direct.url, folder) for kind in (Ours, VllmRouter, LiteLLM) if kind.name in names]
-        rows: dict[Gateway, Row] = {each: Row(each.name, each.switched_on) for each in (direct, *others)}
+        rows: dict[Gateway, Row] = {
+            each: Row(each.name, each.version, each.switched_on) for each in (direct, *others)
+        }
         for gateway, row in rows.items():
             running.callback(gateway.stop)
-            with steps.step(gateway.name) as step, told(row):
+            with told(row), steps.step(gateway.name) as step:
                 gateway.install(step.detail)
                 gateway.start(step.detail)
         for number in range(rounds):
@@ -91,7 +105,7 @@ def measure(folder: Path, *, names: Sequence[str], rounds: int, seconds: float, 
                         measure_once(gateway, row, seconds, step.detail)
         for gateway, row in _sound(rows, 0):
             if isinstance(gateway, Ours):
-                with steps.step(f"memory of {gateway.name} over {requests:,} requests") as step, told(row):
+                with told(row), steps.step(f"memory of {gateway.name} over {requests:,} requests") as step:
                     measure_memory(gateway, row, requests, step.detail)
     return list(rows.values())
 
@@ -180,33 +194,40 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def ratios_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Ours to each of the others, and what it has to be; nothing for those that were not measured."""
-    sound = {row.gateway: row for row in rows if row.problem is None}
-    ours = sound.get(Ours.name)
-    return [
-        {**asdict(bar), "ratio": (ratio := ours[bar.figure] / sound[bar.other][bar.figure])}
-        | {"reached": ratio <= bar.at_most}
-        for bar in BARS
-        if ours and bar.other in sound
-    ]
+    """Ours to each of the others, and what it has to be; None where one of the two was not measured."""
+    by_name = {row.gateway: row for row in rows}
+    ratios = []
+    for bar in BARS:
+        pair = [by_name[name] for name in (Ours.name, bar.other) if name in by_name]
+        if len(pair) == 2:
+            ours, other = pair
+            ratio = None if ours.problem or other.problem else ours[bar.figure] / other[bar.figure]
+            ratios.append(
+                {**asdict(bar), "ratio": ratio, "reached": None if ratio is None else ratio <= bar.at_most}
+            )
+    return ratios
 
 
 def bars_of(ratios: Sequence[dict[str, Any]]) -> Table:
     """Ours against the bars."""
     table = Table("assay", "times that of", "is", "at most", "", box=None)
+    verdicts = {True: "[green]reached[/]", False: "[red]missed[/]", None: "[red]not measured[/]"}
     for each in ratios:
-        ratio, at_most = (_times(each[name]) for name in ("ratio", "at_most"))
-        verdict = "[green]reached[/]" if each["reached"] else "[red]missed[/]"
-        table.add_row(each["figure"].replace("_", " "), each["other"], ratio, at_most, verdict)
+        figure = each["figure"].replace("_", " ")
+        table.add_row(
+            figure, each["other"], *map(_times, (each["ratio"], each["at_most"])), verdicts[each["reached"]]
+        )
     return table
 
 
-def _times(ratio: float) -> str:
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
     return f"{ratio:.2f} ×" if ratio >= 1 else f"1/{1 / ratio:.1f}"
 
 
-def main() -> None:
-    """Measure, and print tables or JSON."""
+def main() -> int:
+    """Measure, and print tables or JSON; 1 if something could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [kind.name for kind in (Ours, VllmRouter, LiteLLM)]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -227,25 +248,28 @@ def main() -> None:
             seconds=options.seconds,
             requests=options.requests,
         )
-    ratios = ratios_of(rows)
     if options.json:
-        json.dump({"gateways": [asdict(row) for row in rows], "ratios": ratios}, sys.stdout, indent=2)
-        return
+        gateways = [asdict(row) | {"medians": row.medians} for row in rows]
+        json.dump({"gateways": gateways, "ratios": ratios_of(rows)}, sys.stdout, indent=2)
+    else:
+        show(rows, options.requests)
+    return int(any(row.problem for row in rows))
+
+
+def show(rows: Sequence[Row], requests: int) -> None:
+    """Everything, for people."""
     console = Console(width=130, highlight=False)
     console.print(table_of(rows))
     for row in rows:
-        console.print(
-            f"{row.gateway}: {escape(row.problem or row.switched_on)}", style="red" if row.problem else "dim"
-        )
-    console.print(bars_of(ratios))
+        style = "red" if row.problem else "dim"
+        console.print(escape(f"{row.version}: {row.problem or row.switched_on}"), style=style)
+    console.print(bars_of(ratios_of(rows)))
     for row in rows:
         if row.memory_mb:
-            first, second, *_, last = row.memory_mb
-            console.print(
-                f"{row.gateway} held {first:.1f} MB before {options.requests:,} requests, {second:.1f} MB after "
-                f"a tenth of them and {last:.1f} MB after all."
-            )
+            first, second, *_, last = (f"{megabytes:.1f} MB" for megabytes in row.memory_mb)
+            over = f"over {requests:,} requests, {second} after a tenth of them"
+            console.print(f"memory of {row.gateway} {over}: {first} before, {last} after all")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

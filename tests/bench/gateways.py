@@ -15,7 +15,8 @@ import psutil
 import yaml
 
 from server.launch.local import free_port
-from tests.bench.load import ROOT, Load, Order, WrongAnswer
+from tests.bench.answers import WrongAnswer
+from tests.bench.load import ROOT, Load, Order
 from tests.bench.upstream import MODEL
 
 ENVIRONMENT = ROOT / ".venv-bench"
@@ -43,6 +44,11 @@ class Gateway(ABC):
         self.folder = folder / self.name
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def version(self) -> str:
+        """What is measured, exactly."""
+        return ", ".join(self.pins) or self.name
 
     @property
     def url(self) -> str:

@@ -4,7 +4,7 @@ import httptools
 import pytest
 
 from tests.bench import upstream
-from tests.bench.load import Answer, WrongAnswer, check_stream, check_whole
+from tests.bench.answers import Answer, WrongAnswer, check_stream, check_whole
 
 TOKENS = 8
 
