@@ -66,6 +66,7 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection to a gateway; one request at a time."""
 
     def __init__(self) -> None:
+        self.is_open = True
         self._loop = asyncio.get_running_loop()
         self._answer = Answer()
         self._began = 0.0
@@ -104,6 +105,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Nobody will answer any more."""
+        self.is_open = False
         if self._done and not self._done.done():
             self._done.set_exception(WrongAnswer(f"the connection was closed ({error!r})"))
 
@@ -126,18 +128,20 @@ class Asker:
 
     async def connect(self) -> list[Connection]:
         """The connections, warmed up."""
-        loop = asyncio.get_running_loop()
-        address = urlsplit(self._order.url)
-        made = [
-            (await loop.create_connection(Connection, str(address.hostname), int(address.port or 80)))[1]
-            for _ in range(self._order.connections)
-        ]
+        made = [await self._open() for _ in range(self._order.connections)]
         times: dict[Kind, int] = {"whole": max(1, WARM_UP // len(made)), "stream": 1, "generate": 0}
         kinds = [kind for kind in self._order.kinds for _ in range(times[kind])]
         await asyncio.gather(*(self._ask_all(connection, kinds) for connection in made))
         self._answers.clear()
         self._chunks = self._chunk_reads = 0
-        return made
+        # Those that were ready first may have been idle for longer than a gateway keeps idle connections.
+        return [connection if connection.is_open else await self._open() for connection in made]
+
+    async def _open(self) -> Connection:
+        address = urlsplit(self._order.url)
+        loop = asyncio.get_running_loop()
+        made = await loop.create_connection(Connection, str(address.hostname), int(address.port or 80))
+        return made[1]
 
     async def run(self, connections: list[Connection]) -> Result:
         """Ask, and check what is answered."""
