@@ -4,8 +4,9 @@ usage: make bench-gateway ARGS="[--quick] [--requests N] [--only NAME ...] [--js
 
 Costs are CPU time, user and system, of all of a gateway's processes, divided by what it answered meanwhile; every
 answer is checked. All gateways run at once and take turns, and a figure is the median over the rounds, so that
-whatever else the machine does weighs on all of them alike. Latencies are of this machine, whose cores the gateways
-share with what asks and with what answers; the row of the upstream alone says how much of them that is.
+whatever else the machine does weighs on all of them alike. Gateways run on one core, and what asks and answers on
+the others, for being pushed aside costs too. Latencies are of this machine; the row of the upstream alone says how
+much of them is nobody's. Run it on a machine that does nothing else: it says how much others took.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from server.progress import Steps
 from tests.bench.answers import WrongAnswer
 from tests.bench.gateways import Direct, Gateway, LiteLLM, NotMeasured, Ours, VllmRouter
 from tests.bench.load import Load, Order, Result
+from tests.bench.machine import CALM, Machine
 
 CONNECTIONS = (1, 32)
 STREAMS = 32
@@ -85,29 +87,40 @@ class Row:
         return {figure: self[figure] for figure in self.rounds}
 
 
-def measure(folder: Path, *, names: Sequence[str], rounds: int, seconds: float, requests: int) -> list[Row]:
-    """One row a gateway; those that cannot be measured say why."""
+@dataclass
+class Report:
+    """What one run has found."""
+
+    rows: list[Row]
+    """One a gateway; those that could not be measured say why."""
+    others: float
+    """The share of the machine's time that processes took meanwhile which are no part of this: every figure above
+    is higher for it, and not all by the same factor, for what shares caches and cores is slowed unevenly."""
+
+
+def measure(folder: Path, *, names: Sequence[str], rounds: int, seconds: float, requests: int) -> Report:
+    """Start them all, and measure them by turns."""
     with Steps() as steps, ExitStack() as running:
         direct = Direct(folder)
         others = [kind(direct.url, folder) for kind in (Ours, VllmRouter, LiteLLM) if kind.name in names]
-        rows: dict[Gateway, Row] = {
-            each: Row(each.name, each.version, each.switched_on) for each in (direct, *others)
-        }
+        rows: dict[Gateway, Row] = {each: Row.of(each) for each in (direct, *others)}
         for gateway, row in rows.items():
             running.callback(gateway.stop)
             with told(row), steps.step(gateway.name) as step:
                 gateway.install(step.detail)
                 gateway.start(step.detail)
+        machine = Machine(lambda: sum(each.cpu_s() for each in rows if each.is_running))
         for number in range(rounds):
             with steps.step(f"round {number + 1} of {rounds}") as step:
                 for gateway, row in _sound(rows, number):
                     with told(row):
                         measure_once(gateway, row, seconds, step.detail)
+        report = Report(list(rows.values()), machine.others)
         for gateway, row in _sound(rows, 0):
             if isinstance(gateway, Ours):
                 with told(row), steps.step(f"memory of {gateway.name} over {requests:,} requests") as step:
                     measure_memory(gateway, row, requests, step.detail)
-    return list(rows.values())
+    return report
 
 
 def _sound(rows: dict[Gateway, Row], first: int) -> Iterator[tuple[Gateway, Row]]:
@@ -241,7 +254,7 @@ def main() -> int:
         options.rounds, options.seconds, options.requests = 1, 1.0, min(options.requests, 1000)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through all that ends processes
     with tempfile.TemporaryDirectory(prefix="assay-bench-") as folder:
-        rows = measure(
+        report = measure(
             Path(folder),
             names=options.only,
             rounds=options.rounds,
@@ -249,21 +262,27 @@ def main() -> int:
             requests=options.requests,
         )
     if options.json:
-        gateways = [asdict(row) | {"medians": row.medians} for row in rows]
-        json.dump({"gateways": gateways, "ratios": ratios_of(rows)}, sys.stdout, indent=2)
+        gateways = [asdict(row) | {"medians": row.medians} for row in report.rows]
+        ratios = ratios_of(report.rows)
+        json.dump({"gateways": gateways, "ratios": ratios, "others": report.others}, sys.stdout, indent=2)
     else:
-        show(rows, options.requests)
-    return int(any(row.problem for row in rows))
+        show(report, options.requests)
+    return int(any(row.problem for row in report.rows))
 
 
-def show(rows: Sequence[Row], requests: int) -> None:
+def show(report: Report, requests: int) -> None:
     """Everything, for people."""
+    rows = report.rows
     console = Console(width=130, highlight=False)
     console.print(table_of(rows))
     for row in rows:
         style = "red" if row.problem else "dim"
         console.print(escape(f"{row.version}: {row.problem or row.switched_on}"), style=style)
     console.print(bars_of(ratios_of(rows)))
+    advice = (
+        "" if report.others < CALM else ": run it again when nothing else does, for this weighs on every figure"
+    )
+    console.print(f"other processes took {report.others:.0%} of the machine meanwhile{advice}")
     for row in rows:
         if row.memory_mb:
             first, second, *_, last = (f"{megabytes:.1f} MB" for megabytes in row.memory_mb)

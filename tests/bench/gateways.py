@@ -17,6 +17,7 @@ import yaml
 from server.launch.local import free_port
 from tests.bench.answers import WrongAnswer
 from tests.bench.load import ROOT, Load, Order
+from tests.bench.machine import first_core, other_cores
 from tests.bench.upstream import MODEL
 
 ENVIRONMENT = ROOT / ".venv-bench"
@@ -60,6 +61,11 @@ class Gateway(ABC):
         """Added to the environment of its process."""
         return {}
 
+    @property
+    def cores(self) -> list[int]:
+        """One that is all its own, for a process that others push aside costs more."""
+        return first_core()
+
     @abstractmethod
     def command(self) -> list[str]:
         """What starts it."""
@@ -101,6 +107,7 @@ class Gateway(ABC):
                 env=inherited | self.environment,
                 start_new_session=True,
             )
+        psutil.Process(self._process.pid).cpu_affinity(self.cores)
         say("starting")
         began, problem = time.monotonic(), ""
         while time.monotonic() - began < START_S:
@@ -122,6 +129,11 @@ class Gateway(ABC):
         """An order for a `Load` of this gateway."""
         return Order(url=self.url, headers=self.headers, **what)  # type: ignore[arg-type]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is anything to measure."""
+        return self._process is not None and self._process.poll() is None
+
     def tree(self) -> list[psutil.Process]:
         """Its processes."""
         assert self._process is not None
@@ -138,7 +150,7 @@ class Gateway(ABC):
 
     def stop(self) -> None:
         """End it and all that it started."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.is_running:
             return
         tree = self.tree()
         for process in tree:
@@ -168,6 +180,11 @@ class Direct(Gateway):
 
     def __init__(self, folder: Path) -> None:
         super().__init__("", folder)
+
+    @property
+    def cores(self) -> list[int]:
+        """Those of whoever asks: it answers for every gateway, and must take nothing from any."""
+        return other_cores()
 
     def command(self) -> list[str]:
         """Our own module."""

@@ -20,16 +20,19 @@ from urllib.parse import urlsplit
 
 import httptools
 import msgspec
+import psutil
 import uvloop
 
 from tests.bench import upstream
 from tests.bench.answers import Answer, WrongAnswer, check_stream, check_whole
+from tests.bench.machine import other_cores
 
 ROOT = Path(__file__).parents[2]
 WARM_UP = 64
 """Answers before anything counts, over all connections, but one each at least; one stream each."""
 LONGEST_S = 60.0
 """An answer that takes longer is a wrong one."""
+
 
 Kind = Literal["whole", "stream", "generate"]
 """An answer in one piece, one in events, and one in events from a real engine, whose text nobody knows."""
@@ -229,6 +232,7 @@ class Load:
             text=True,
             cwd=ROOT,
         )
+        psutil.Process(self._process.pid).cpu_affinity(other_cores())
 
     def __enter__(self) -> Self:
         self._line()
