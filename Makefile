@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu bench bench-recipes bench-gateway bench-throughput clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu audit bench bench-recipes bench-gateway bench-throughput clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-engines: ## tests on six real engines of two models, started once
 
 test-gpu: ## tests that need an NVIDIA GPU
 	$(RUN)/pytest -m gpu
+
+audit: install-dev ## known vulnerabilities in what the gateway depends on; options in AUDIT
+	@$(RUN)/python deploy/audit.py $(AUDIT)
 
 bench: ## speed, size and divergence of each tier of a running server; options in ARGS
 	$(RUN)/python -m tests.bench.tiers $(ARGS)

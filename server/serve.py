@@ -243,9 +243,7 @@ def http_server(app: FastAPI, config: Config, metrics: Metrics) -> Server:
         uvicorn.Config(
             app,
             loop="uvloop",
-            http=connection_class(
-                limits, lambda refusal: metrics.connections_refused.labels(refusal.code).inc()
-            ),
+            http=connection_class(limits, lambda refusal: metrics.connections_refused.labels(refusal.code).inc()),
             ws="none",
             lifespan="off",
             log_config=None,
