@@ -2,29 +2,38 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from server.admission import Admission
 from server.config import Config
-from server.errors import Refusal, envelope
+from server.errors import FieldRefused, Refusal, envelope
+from server.exchange import Receive, Reply, Scope, Send
 from server.fleet import Fleet
-from server.forward import Message, Receive, Reply, Send
-from server.health import health_router
-from server.metrics import Metrics
-from server.openai import Completions, models_router, request_id_of
+from server.health import OPEN_PATHS, health_router
+from server.keys import Keys
+from server.metrics import NO_TIER, Metrics
+from server.openai import PATHS, Endpoint, models_router
+from server.openapi.document import Document, openapi_router
+from server.request_id import request_id_of
 from server.routing import Routes
 from server.tiers_api import tiers_router
+from server.watch import TimeLimits
 
 log = logging.getLogger("assay.app")
 
-Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+LONGEST_QUOTE = 200
 
 
 class UnknownRoute(Refusal):
-    """No such path, or not with this method."""
+    """No such path."""
+
+    status, code = 404, "unknown_route"
 
 
 class InternalError(Refusal):
@@ -36,72 +45,135 @@ class InternalError(Refusal):
         super().__init__(f"The gateway made a mistake; its log tells more under {request_id}.")
 
 
-def build_app(config: Config, fleet: Fleet, metrics: Metrics) -> FastAPI:
+class MethodNotAllowed(Refusal):
+    """The path exists, but not with this method."""
+
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(f"{method} {path}: use {allowed}.")
+        self._allowed = allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"allow": self._allowed}
+
+
+def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Gateway":
     """The gateway in front of ``fleet``."""
+    routes = Routes(fleet.pools)
+    admission = Admission(fleet.pools)
+    for pool in fleet.pools:
+        metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
+    limits = TimeLimits(
+        first_token=config.first_token_timeout_s,
+        next_token=config.token_timeout_s,
+        whole=config.request_timeout_s,
+        heartbeat=config.heartbeat_s,
+    )
+    endpoints = {
+        path.path: Endpoint(
+            path,
+            routes,
+            admission,
+            metrics,
+            body_limit=int(config.body_limit_mib * (1 << 20)),
+            body_timeout_s=config.body_timeout_s,
+            limits=limits,
+        )
+        for path in PATHS
+    }
+    return Gateway(_other_routes(fleet, routes, metrics), endpoints, keys, metrics)
+
+
+def _other_routes(fleet: Fleet, routes: Routes, metrics: Metrics) -> FastAPI:
+    """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
         version=importlib.metadata.version("assay"),
         description="One model at several precisions, behind one OpenAI-compatible API.",
-        # Both pages load scripts from somebody else's server; /openapi.json is ours.
+        # Both pages load scripts from somebody else's server; /openapi.json is our own.
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,  # a path with one too many does not exist, and is told so in the envelope
-    )
-    routes = Routes(fleet.pools)
-    body_limit = int(config.body_limit_mib * (1 << 20))
-    app.router.add_route(
-        "/v1/chat/completions",
-        Completions("/v1/chat/completions", routes, metrics, body_limit),  # type: ignore[arg-type]  # raw ASGI
-        methods=["POST"],
+        generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(models_router(routes))
     app.include_router(tiers_router(fleet, routes))
     app.include_router(health_router(fleet, metrics))
+    app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_middleware(RequestIds)
+    app.add_exception_handler(Exception, _refuse_ourselves)  # or it would be a plain text
     return app
 
 
-class RequestIds:
-    """Pure ASGI middleware: every request has an id, and every answer says it, our own mistakes included."""
+class Gateway:
+    """Every request gets an id and needs a key; the hot paths are reached without a framework in between.
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    Every answer says the request's id, our own mistakes included.
+    """
+
+    def __init__(self, app: FastAPI, endpoints: dict[str, Endpoint], keys: Keys, metrics: Metrics) -> None:
         self._app = app
+        self._endpoints = endpoints
+        self._keys = keys
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(scope["headers"])
-        scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
-        begun = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message["headers"] = [*message["headers"], header]
-            await send(message)
-
+        reply = Reply(send, request_id)
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._answer(scope, receive, reply)
+        except Refusal as refusal:
+            self._metrics.of(NO_TIER).refused(refusal.code)
+            await reply.refuse(refusal)
         except Exception:
             log.exception("request %s: a mistake of the gateway", request_id)
-            if begun:
+            if reply.status is None:
+                await reply.refuse(InternalError(request_id))
+            elif not reply.has_ended:
                 raise  # the connection is cut, which is all that can still be said
-            await Reply(send_with_id, []).refuse(InternalError(request_id))
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        path = scope["path"]
+        key = None if path in OPEN_PATHS else self._keys.authenticate(scope["headers"])
+        endpoint = self._endpoints.get(path)
+        if endpoint is None:
+            scope.setdefault("state", {}).update(key=key, request_id=reply.request_id)
+            await self._app(scope, receive, reply.pass_on)
+        elif scope["method"] != "POST":
+            raise MethodNotAllowed(scope["method"], path, "POST")
+        else:
+            await endpoint(scope["headers"], receive, reply, key)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    headers = error.headers
-    return Response(envelope(error), error.status, headers, media_type="application/json")
+    return Response(envelope(error), error.status, error.headers, media_type="application/json")
+
+
+async def _refuse_ourselves(request: Request, error: Exception) -> Response:
+    return await _refuse(request, InternalError(request.state.request_id))
+
+
+async def _refuse_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _refuse(request, FieldRefused(name, f"{name}: {first['msg']}"))
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.scope["path"][:200]  # quoted as Python does, it is safe in JSON and logs whatever it holds
-    refusal = UnknownRoute(f"{request.method} {path!r}: {error.detail}.")
-    return Response(envelope(refusal), error.status_code, error.headers, media_type="application/json")
+    path = repr(request.scope["path"][:LONGEST_QUOTE])  # safe in JSON and logs whatever it holds
+    if error.status_code == 405:
+        refusal: Refusal = MethodNotAllowed(request.method, path, (error.headers or {}).get("allow", "GET"))
+    else:
+        refusal = UnknownRoute(f"{request.method} {path}: {error.detail}.")
+    return Response(envelope(refusal), refusal.status, refusal.headers, media_type="application/json")

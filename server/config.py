@@ -89,6 +89,18 @@ class Config(Patience):
         description="The Python of the quantization environment, which builds checkpoints.",
     )
     body_limit_mib: float = Field(default=8, gt=0, description="A larger request body is refused with 413.")
+    first_token_timeout_s: float = Field(
+        default=600, gt=0, description="A stream without its first token by then is ended; waiting counts."
+    )
+    token_timeout_s: float = Field(
+        default=120, gt=0, description="A stream without a further token for that long is ended."
+    )
+    request_timeout_s: float = Field(
+        default=3600, gt=0, description="An answer that is not whole by then is ended; waiting counts."
+    )
+    heartbeat_s: float = Field(
+        default=15, gt=0, description="A stream gets a comment after that much silence, so that proxies keep it."
+    )
     header_timeout_s: float = Field(
         default=10, gt=0, description="A caller who has not sent a request's line and headers by then is cut off."
     )

@@ -15,9 +15,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from server.errors import HeadersTooLarge, HeadTooSlow, MalformedRequest, Refusal, TooManyConnections, envelope
+from server.errors import Refusal, RetryLater, envelope
 from server.line import LINGER_S, Line
-from server.openai import request_id_of
+from server.request_id import request_id_of
 from tiers.errors import ConfigError
 
 MOST_HEAD_BYTES = 64 << 10
@@ -61,6 +61,39 @@ def room_for(connections: int) -> int:
     if room < 1:
         raise ConfigError(f"This process may open {allowed} files, too few to serve: raise it with `ulimit -n`.")
     return room
+
+
+class MalformedRequest(Refusal):
+    """What came is not HTTP, or not as this server reads it; where the next request begins is not known."""
+
+    code = "malformed_request"
+
+
+class HeadersTooLarge(Refusal):
+    """The request's line and headers are over what is read of them."""
+
+    status, code = 431, "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request line and headers are larger than {limit} bytes, the limit of this server.")
+
+
+class HeadTooSlow(Refusal):
+    """The request's line and headers did not come in time."""
+
+    status, code = 408, "headers_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request line and headers did not all come within {limit_s:g} s.")
+
+
+class TooManyConnections(RetryLater):
+    """The gateway has as many callers connected as it may have."""
+
+    status, type, code = 503, "server_error", "too_many_connections"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} connections are open, the limit of this server; try again in a moment.", 1)
 
 
 class Connection(HttpToolsProtocol):

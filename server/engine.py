@@ -52,6 +52,9 @@ class Engine:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
             auto_decompress=False,
+            # An engine sets no cookies, and needs nothing but what it is sent on purpose.
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("accept", "accept-encoding", "user-agent"),
         )
 
     @classmethod
@@ -100,13 +103,15 @@ class Engine:
             ) from error
 
     async def warm_up(self, model: str) -> None:
-        """One short request: the first one pays for memory and kernels, which no caller should.
+        """Two short requests: the first ones pay for memory, kernels and grammars, which no caller should.
 
         Raises:
             EngineNotStarted: it does not answer it.
         """
         body = {"model": model, "prompt": "Hello", "max_tokens": 8, "logprobs": 1}
         await self._ask("POST", "/v1/completions", "the warm-up request", body)
+        choice = body | {"structured_outputs": {"choice": ["yes", "no"]}}
+        await self._ask("POST", "/v1/completions", "the warm-up request with a grammar", choice)
 
     async def one_token(self, model: str) -> int:
         """The status of the answer to the shortest of requests, however long it takes.

@@ -1,8 +1,12 @@
 """Everything the gateway refuses, each a class with one sentence; OpenAI's error envelope, made in one place."""
 
+import re
 from typing import Any
 
 import msgspec
+
+_LONGEST_QUOTE = 100
+_LONGEST_MESSAGE = 500
 
 
 class Refusal(Exception):
@@ -19,8 +23,49 @@ class Refusal(Exception):
         return {}
 
 
+class RetryLater(Refusal):
+    """A refusal of the moment: the same request may be answered later, and the answer says when."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(self.retry_after)}
+
+
 class BodyRefused(Refusal):
-    """The body is not JSON, or lacks a field that routing needs."""
+    """The body is not a JSON object in UTF-8."""
+
+
+class FieldRefused(Refusal):
+    """A field of the body is missing, of another type, or out of bounds."""
+
+    code = "invalid_value"
+
+    def __init__(self, param: str, problem: str) -> None:
+        super().__init__(f"{_cut(problem)}.")
+        self.param = param[:_LONGEST_QUOTE]
+
+
+class FormRefused(FieldRefused):
+    """No answer can have the form that is asked for, as the engine found when it tried."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__(
+            param, f"{param}: the engine can give no answer of this form; the schema may contradict itself"
+        )
+
+
+class FieldNotAllowed(Refusal):
+    """A switch of the engine that could harm other callers."""
+
+    code = "unsupported_parameter"
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"{param} is a switch of the engine that callers may not set; leave it out.")
+        self.param = param
 
 
 class BodyTooLarge(Refusal):
@@ -30,6 +75,34 @@ class BodyTooLarge(Refusal):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"The request body is larger than {limit} bytes, the limit of this server.")
+
+
+class BodyTooSlow(Refusal):
+    """The body had not come whole when its time was over."""
+
+    status, code = 408, "body_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The request body did not come in time.")
+
+
+class PromptTooLong(Refusal):
+    """The prompt is over the tier's own limit, which may be less than the model's context."""
+
+    code = "prompt_too_long"
+
+    def __init__(self, tier: str, tokens: int, limit: int) -> None:
+        super().__init__(f"The prompt has {tokens} tokens, and {tier} takes at most {limit} here.")
+
+
+class OutputTooLong(Refusal):
+    """The caller asks for a longer answer than the tier gives."""
+
+    code = "max_tokens_exceeded"
+
+    def __init__(self, tier: str, param: str, tokens: int, limit: int) -> None:
+        super().__init__(f"{param} is {tokens}, and {tier} gives at most {limit} here.")
+        self.param = param
 
 
 class KeyMissing(Refusal):
@@ -58,64 +131,23 @@ class KeyInvalid(Refusal):
         return {"www-authenticate": "Bearer"}
 
 
-class MalformedRequest(Refusal):
-    """What came is not HTTP, or not as this server reads it; where the next request begins is not known."""
-
-    code = "malformed_request"
-
-
-class HeadersTooLarge(Refusal):
-    """The request's line and headers are over what is read of them."""
-
-    status, code = 431, "headers_too_large"
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"The request line and headers are larger than {limit} bytes, the limit of this server.")
-
-
-class HeadTooSlow(Refusal):
-    """The request's line and headers did not come in time."""
-
-    status, code = 408, "request_timeout"
-
-    def __init__(self, limit_s: float) -> None:
-        super().__init__(f"The request line and headers did not all come within {limit_s:g} s.")
-
-
-class TooManyConnections(Refusal):
-    """The gateway has as many callers connected as it may have."""
-
-    status, type, code = 503, "server_error", "too_many_connections"
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} connections are open, the limit of this server; try again in a moment.")
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": "1"}
-
-
 class ModelNotFound(Refusal):
     """No tier answers to that name; no other tier ever answers in its place."""
 
     status, code, param = 404, "model_not_found", "model"
 
     def __init__(self, name: str, known: list[str]) -> None:
-        super().__init__(f"The model {name!r} does not exist here. The models are: {', '.join(known)}.")
+        super().__init__(f"The model {quoted(name)} does not exist here. The models are: {', '.join(known)}.")
 
 
-class TierUnavailable(Refusal):
+class TierUnavailable(RetryLater):
     """The tier is configured, but its engine is not ready."""
 
     status, type, code = 503, "server_error", "tier_unavailable"
 
     def __init__(self, tier: str, state: str, retry_after: int) -> None:
-        super().__init__(f"{tier} cannot answer now, its engine is {state}; try again in {retry_after} s.")
-        self.retry_after = retry_after
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": str(self.retry_after)}
+        sentence = f"{tier} cannot answer now, its engine is {state}; try again in {retry_after} s."
+        super().__init__(sentence, retry_after)
 
 
 class TierNotVerified(Refusal):
@@ -136,7 +168,77 @@ class PrecisionNotAvailable(Refusal):
 
     def __init__(self, pinned: str, tier: str, precision: str, elsewhere: list[str]) -> None:
         hint = f" {' and '.join(elsewhere)} would." if elsewhere else " No tier of this model does."
-        super().__init__(f"{tier} computes in {precision} and does not answer in {pinned!r}.{hint}")
+        super().__init__(f"{tier} computes in {precision} and does not answer in {quoted(pinned)}.{hint}")
+
+
+class TierNotAllowed(Refusal):
+    """The caller's key is for other tiers."""
+
+    status, type, code, param = 403, "permission_error", "tier_not_allowed", "model"
+
+    def __init__(self, key: str, tier: str) -> None:
+        super().__init__(f"The key {key!r} is not for {tier}; GET /v1/models lists what it is for.")
+
+
+class RateExceeded(RetryLater):
+    """The key has used up a minute's requests or tokens."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, what: str, limit: int, retry_after: int) -> None:
+        super().__init__(f"This key has {limit} {what} a minute; try again in {retry_after} s.", retry_after)
+        self.type = what
+        self._standing = {"limit": str(limit), "remaining": "0", "reset": f"{retry_after}s"}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        standing = {f"x-ratelimit-{name}-{self.type}": value for name, value in self._standing.items()}
+        return super().headers | standing
+
+
+class TooManyAtOnce(RetryLater):
+    """The key has as many requests under way as it may."""
+
+    status, type, code = 429, "requests", "concurrency_limit_exceeded"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"This key may have {limit} requests at once; wait for one of them to end.", 1)
+
+
+class QueueFull(RetryLater):
+    """More requests wait for the tier than may."""
+
+    status, type, code = 429, "requests", "queue_full"
+
+    def __init__(self, tier: str, retry_after: int) -> None:
+        super().__init__(f"Too many requests wait for {tier}; try again in {retry_after} s.", retry_after)
+
+
+class FirstTokenLate(Refusal):
+    """A stream had no first token when its time was over."""
+
+    status, type, code = 504, "server_error", "first_token_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"No first token came within {limit_s:g} s.")
+
+
+class NextTokenLate(Refusal):
+    """A stream stood still for too long."""
+
+    status, type, code = 504, "server_error", "token_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"No further token came for {limit_s:g} s.")
+
+
+class RequestTooLong(Refusal):
+    """The answer was not whole when its time was over."""
+
+    status, type, code = 504, "server_error", "request_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The answer was not whole within {limit_s:g} s, the limit of this server.")
 
 
 class EngineFailed(Refusal):
@@ -148,27 +250,62 @@ class EngineFailed(Refusal):
 class EngineRefused(Refusal):
     """The engine itself refuses the request; its own sentence is passed on in the envelope."""
 
+    STATUSES = frozenset({400, 404, 422})
+    """With which it does so. Any other that is no success is about the engine, and not about the request."""
+    _TOO_LONG = re.compile(
+        r"maximum context length is|cannot be greater than max_model_len|exceeds the max_model_len"
+        r"|must be at least 1, got 0"
+    )
+    """How vLLM 0.32 says that prompt and answer are longer than the model's context; of none at all, which it also
+    says so, it is not asked."""
+    _INVALID = re.compile(r"'loc': '(?:body\.)?([^']*)', 'msg': (?P<quote>['\"])(?P<what>.*?)(?P=quote)")
+    """A field in its list of what is invalid, which is Python's and repeats what the caller sent."""
+
     def __init__(self, status: int, message: str, param: str | None) -> None:
-        super().__init__(message)
+        if invalid := self._INVALID.search(message):
+            message = f"{invalid[1]}: {invalid['what']}."
+        super().__init__(_cut(message))
         self.status = status
-        self.param = param
+        self.param = param.removeprefix("body.")[:_LONGEST_QUOTE] if param else None
+        if self._TOO_LONG.search(message):
+            self.code = "context_length_exceeded"
 
     @classmethod
-    def read(cls, status: int, body: bytes) -> "EngineRefused":
-        """What vLLM says of a request it does not take, in any of its shapes."""
+    def read(cls, status: int | None, body: bytes) -> "EngineRefused":
+        """What vLLM says of a request it does not take, in any of its shapes.
+
+        Without a ``status``, as in a stream, it is the one that the error names.
+        """
         try:
             answer: Any = msgspec.json.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             answer = {}
         error = answer.get("error", answer) if isinstance(answer, dict) else {}
         if not isinstance(error, dict):
             error = {"message": str(error)}
+        if status is None:
+            status = error["code"] if isinstance(error.get("code"), int) else 500
         message = error.get("message") or error.get("detail") or f"The engine refused the request ({status})."
         param = error.get("param")
         return cls(status, str(message), param if isinstance(param, str) else None)
+
+
+def _cut(message: str) -> str:
+    """A message, which may repeat what a caller sent, no longer than helps."""
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "…"
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, as a message may repeat it: escaped, and not longer than helps."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…")
 
 
 def envelope(error: Refusal) -> bytes:
     """The error as OpenAI's clients read it: four fields, ``code`` a string or null."""
     fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
     return msgspec.json.encode({"error": fields})
+
+
+def error_event(error: Refusal) -> bytes:
+    """The error as an event of a stream that has begun."""
+    return b"data: " + envelope(error) + b"\n\n"

@@ -1,229 +1,188 @@
-"""One request to one replica and back: the same bytes there, whole events straight back.
+"""One request to one replica of a tier and back: the same bytes there, whole events straight back.
 
-Knows ASGI and the engine's stream format; does not read what a chunk says.
+Knows the engine's HTTP; what an answer says is `server.answer`'s to know.
 """
 
-import asyncio
-import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import aiohttp
-import msgspec
 
-from server.errors import BodyRefused, BodyTooLarge, EngineFailed, EngineRefused, Refusal, envelope
+from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
+from server.errors import EngineFailed, EngineRefused, FormRefused
+from server.exchange import Reply
 from server.metrics import Metrics
+from server.pool import Pool
 from server.replica import Replica
 
 log = logging.getLogger("assay.forward")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+T = TypeVar("T")
 
-_ERROR_EVENT = b'data: {"error"'
-"""How vLLM begins an error inside a stream. Quotes inside a chunk's text are escaped, so text never matches."""
-_END = b"data: [DONE]\n\n"
+MOST_TRIES = 2
+"""A request that ends one engine may end the next: two are enough."""
 
 
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+class Format(Protocol):
+    """How the answers of one path are given on."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the engine computes for it; a tokenizer alone says nothing of its health."""
+
+    @property
+    def form(self) -> str | None:
+        """The field that says what form the answer is to have, if one does."""
+
+    def events(self) -> Events:
+        """For an answer that comes as a stream."""
+
+    def whole(self, body: bytes) -> bytes:
+        """For one that comes at once. Raises EngineBroke."""
 
 
-class ClientLeft(Exception):
-    """The caller closed the connection; there is nobody left to answer."""
+class Listener(Protocol):
+    """Whoever wants to know that the engine has sent something."""
+
+    def heard(self) -> None:
+        """It has, just now."""
 
 
-class Call(msgspec.Struct):
-    """What routing needs of a request body; the rest is for the engine to judge."""
+@dataclass(frozen=True)
+class Errand:
+    """What is sent to an engine, and how its answer is given on."""
 
-    model: str
-    precision: str | msgspec.UnsetType | None = msgspec.UNSET
-    """Assay's own field: the precision that the caller insists on."""
+    path: str
+    body: bytes
+    request_id: str
+    format: Format
 
-
-class Reply:
-    """The answer to one caller.
-
-    Remembers its status once it has begun, for then an error can only be an event, and when its body began.
-    """
-
-    def __init__(self, send: Send, headers: Headers) -> None:
-        self._send = send
-        self.headers = headers
-        self.status: int | None = None
-        self.body_began: float | None = None
-
-    async def begin(self, status: int, headers: Headers) -> None:
-        """Send the status and all headers."""
-        self.status = status
-        start = {"type": "http.response.start", "status": status, "headers": [*self.headers, *headers]}
-        await self._send(start)
-
-    async def send(self, body: bytes, *, more: bool = True) -> None:
-        """Send a part of the body; waits while the caller reads more slowly than the engine writes."""
-        self.body_began = self.body_began or time.monotonic()
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
-
-    async def whole(self, status: int, body: bytes, headers: Headers | None = None) -> None:
-        """Send a complete JSON answer."""
-        length = (b"content-length", b"%d" % len(body))
-        await self.begin(status, [(b"content-type", b"application/json"), length, *(headers or [])])
-        await self.send(body, more=False)
-
-    async def refuse(self, refusal: Refusal) -> None:
-        """Send an error: as the answer, or, when that has begun, as the last event of the stream."""
-        if self.status is None:
-            extra = [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
-            await self.whole(refusal.status, envelope(refusal), extra)
-        else:
-            await self.send(b"data: " + envelope(refusal) + b"\n\n", more=False)
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that the engine gets; nothing of the caller's but the request's id."""
+        return {"content-type": "application/json", "x-request-id": self.request_id}
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """The request body.
+async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, metrics: Metrics) -> bytes | None:
+    """Do the errand at one of the tier's replicas, and at another one if that breaks before it has said anything.
 
-    Raises:
-        BodyTooLarge: as soon as more than ``limit`` bytes have come.
-        ClientLeft: the caller went away before the end.
-    """
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise BodyTooLarge(limit)
-        if not message.get("more_body"):
-            return bytes(body)
-
-
-def parse_call(body: bytes) -> Call:
-    """What routing needs.
-
-    Raises:
-        BodyRefused: not JSON, or ``model`` is missing or not a string.
-    """
-    try:
-        return msgspec.json.decode(body, type=Call)
-    except _UNREADABLE as error:
-        raise BodyRefused(f"The request body cannot be read: {error}.") from None
-
-
-def without_pin(body: bytes) -> bytes:
-    """The body without Assay's own field; every other field keeps its bytes.
-
-    Raises:
-        BodyRefused: one of the other fields' names is no text.
-    """
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except _UNREADABLE as error:
-        raise BodyRefused(f"The request body cannot be read: {error}.") from None
-    del fields["precision"]
-    return msgspec.json.encode(fields)
-
-
-async def forward(
-    path: str, body: bytes, replica: Replica, reply: Reply, request_id: str, metrics: Metrics
-) -> None:
-    """Send ``body`` to the replica's ``path`` and its answer to the caller.
+    Returns:
+        The whole answer, still to be sent when the engine is free for others; None of a stream, which has been.
 
     Raises:
         Refusal: the tier is not ready, the engine refuses the request, or it broke; when the reply has already
             begun, the refusal is still to be sent, as an event.
     """
-    headers = {"content-type": "application/json", "x-request-id": request_id}
-    try:
-        async with (
-            replica.slot() as engine,
-            engine.post(path, data=body, headers=headers) as answer,
-        ):
-            if answer.status >= 500:
-                replica.erred()
-            if answer.status != 200:
-                await _refuse_like(answer)
-            elif answer.content_type == "text/event-stream":
-                await reply.begin(200, _STREAM_HEADERS)
-                await _copy_events(answer.content, reply, replica)
+    return await _at_one_of(pool, errand, reply, metrics, lambda replica: _at(replica, errand, reply, listener))
+
+
+async def count_prompt(errand: Errand, pool: Pool, reply: Reply, metrics: Metrics) -> int:
+    """How many tokens the engine makes of the errand's prompt, or of its longest; it generates nothing.
+
+    Raises:
+        Refusal: as `forward`.
+    """
+    return await _at_one_of(pool, errand, reply, metrics, lambda replica: _count(replica, errand))
+
+
+async def _at_one_of(
+    pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica], Awaitable[T]]
+) -> T:
+    tried: list[Replica] = []
+    while True:
+        replica = pool.pick(tried)
+        try:
+            return await work(replica)
+        except (aiohttp.ClientError, TimeoutError, EngineBroke) as error:
+            if errand.format.form and isinstance(error, AnswerGivenUp):
+                raise FormRefused(errand.format.form) from None
+            log.warning("%s: request %s broke off: %s", pool.tier.name, errand.request_id, _cause(error))
+            alive = await replica.is_alive()
+            tried.append(replica)
+            if reply.body_began is not None:
+                metrics.broken.labels(pool.tier.name).inc()
+                raise EngineFailed(f"The engine of {pool.tier.name} broke off this answer.") from error
+            if len(tried) < MOST_TRIES and pool.has_another(tried):
+                metrics.retries.labels(pool.tier.name).inc()
+            elif alive:
+                raise EngineFailed(f"The engine of {pool.tier.name} failed on this request.") from error
             else:
-                await reply.whole(200, await answer.read())
+                raise replica.unavailable() from error
+
+
+def _cause(error: Exception) -> str:
+    """What a log may say of it: aiohttp quotes what it cannot read, and that may be a caller's."""
+    return str(error) if isinstance(error, EngineBroke | OSError) else type(error).__name__
+
+
+async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
+    async with (
+        replica.slot() as engine,
+        engine.post(errand.path, data=errand.body, headers=errand.headers, allow_redirects=False) as answer,
+    ):
+        if answer.status != 200:
+            await _refuse_like(answer, replica, errand)
+        if answer.content_type == "text/event-stream":
+            await _copy_events(answer.content, errand, replica, reply, listener)
+            return None
+        body = errand.format.whole(await answer.read())
+        if errand.format.generates:
             replica.answered()
-    except (aiohttp.ClientError, TimeoutError, _Broken) as error:
-        log.warning("%s: request %s broke off: %r", replica.tier.name, request_id, error)
-        alive = await replica.is_alive()
-        if reply.status is not None:
-            metrics.broken.labels(replica.tier.name).inc()
-            raise EngineFailed(f"The engine of {replica.tier.name} broke off this answer.") from error
-        if not alive:
-            raise replica.unavailable() from error
-        raise EngineFailed(f"The engine of {replica.tier.name} failed on this request.") from error
+        return body
 
 
-_STREAM_HEADERS: Headers = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+async def _count(replica: Replica, errand: Errand) -> int:
+    async with (
+        replica.slot() as engine,
+        engine.post(f"{errand.path}/render", data=errand.body, headers=errand.headers) as answer,
+    ):
+        if answer.status != 200:
+            await _refuse_like(answer, replica, errand)
+        return rendered_tokens(await answer.read())
 
 
-class _Broken(Exception):
-    """The engine's answer ended, or said itself that it failed, before it was whole."""
-
-
-async def _copy_events(content: aiohttp.StreamReader, reply: Reply, replica: Replica) -> None:
+async def _copy_events(
+    content: aiohttp.StreamReader, errand: Errand, replica: Replica, reply: Reply, listener: Listener
+) -> None:
     """Copy whole events only, so that what breaks off never leaves half of one."""
-    pending, ended = b"", False
+    events = errand.format.events()
+    reply.error_event = events.error
+    pending = b""
     async for chunk in content.iter_any():
-        replica.heard()
-        pending += chunk
-        cut = pending.rfind(b"\n\n") + 2
+        listener.heard()
+        if pending:
+            chunk = pending + chunk
+        cut = chunk.rfind(b"\n\n") + 2
         if cut < 2:
+            pending = chunk
             continue
-        events, pending = pending[:cut], pending[cut:]
-        failure = events.find(_ERROR_EVENT)
-        if failure >= 0:
-            if failure:
-                await reply.send(events[:failure])
-            raise _Broken(events[failure:].decode(errors="replace").strip())
-        ended = ended or events.endswith(_END)
-        await reply.send(events)
-    if not ended:
-        raise _Broken("the stream ended without [DONE]")
+        pending = chunk[cut:]
+        passed = events.take(chunk[:cut])
+        if passed:
+            # Only now: the status of a stream comes before its engine has done anything.
+            replica.answered()
+            await reply.begin_events()
+            await reply.send(passed)
+        if events.failure is not None:
+            _hold_against(replica, events.failure, errand)
+            raise events.failure
+    if not events.ended:
+        raise EngineBroke("the stream ended before its last event")
     await reply.send(b"", more=False)
 
 
-async def _refuse_like(answer: aiohttp.ClientResponse) -> None:
-    body = await answer.read()
-    if answer.status >= 500:
-        raise _Broken(f"{answer.status}: {body[:300].decode(errors='replace')}")
-    raise EngineRefused.read(answer.status, body)
+async def _refuse_like(answer: aiohttp.ClientResponse, replica: Replica, errand: Errand) -> None:
+    refused = EngineRefused.read(answer.status, await answer.read())
+    if answer.status in EngineRefused.STATUSES:
+        raise refused
+    broke = AnswerGivenUp.or_broke(refused, f"it answered {answer.status}")  # whose words may be the caller's
+    _hold_against(replica, broke, errand)
+    raise broke
 
 
-async def while_client_stays(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do ``work``, and stop it the moment the caller leaves: the engine must not go on for nobody.
-
-    Raises:
-        ClientLeft: the caller left first.
-    """
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_until_client_leaves(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientLeft
-        await working
-    finally:
-        for task in (working, leaving):
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-
-async def _until_client_leaves(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _hold_against(replica: Replica, error: Exception, errand: Errand) -> None:
+    """Count an error of the engine's; callers who ask for what cannot be do not take it from all others."""
+    if isinstance(error, EngineBroke) and not (errand.format.form and isinstance(error, AnswerGivenUp)):
+        replica.erred()

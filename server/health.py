@@ -1,11 +1,15 @@
 """/healthz, /readyz and /metrics: what an orchestrator and Prometheus ask."""
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from server.fleet import Fleet
 from server.metrics import Metrics
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
+"""What needs no key: who asks it is an orchestrator, and it tells of no request."""
 
 
 class Health(BaseModel):
@@ -27,17 +31,20 @@ def health_router(fleet: Fleet, metrics: Metrics) -> APIRouter:
 
     @router.get("/healthz")
     async def healthz() -> Health:
+        """Whether the process lives."""
         return Health()
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
+        """Which tiers can answer; 503 until all can."""
         if not fleet.is_ready:
             response.status_code = 503
         states = {pool.tier.name: pool.state.value for pool in fleet.pools}
         return Readiness(ready=fleet.is_ready, tiers=states)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
+        """All series, in Prometheus' text format."""
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -27,7 +27,7 @@ from tiers.errors import ConfigError
 from tiers.tier import Tier
 
 if TYPE_CHECKING:
-    from server.forward import Headers
+    from server.exchange import Headers
 
 log = logging.getLogger("assay.keys")
 

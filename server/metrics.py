@@ -1,12 +1,63 @@
 """What Prometheus scrapes. Labels are tiers and status codes of this server, never anything a caller sent."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from server.answer import Usage
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 NO_TIER = "none"
+TOKEN_KINDS = ("prompt", "answer", "cached")
+
+
+class Meter:
+    """The instruments of one tier, found once and not at every request."""
+
+    def __init__(self, metrics: "Metrics", tier: str) -> None:
+        self._metrics = metrics
+        self._tier = tier
+        self._requests: dict[str, Counter] = {}
+        self._refused: dict[str, Counter] = {}
+
+    @cached_property
+    def first_byte(self) -> Histogram:
+        """Seconds until a good answer began."""
+        return self._metrics.first_byte.labels(self._tier)
+
+    @cached_property
+    def _duration(self) -> Histogram:
+        return self._metrics.duration.labels(self._tier)
+
+    @cached_property
+    def _tokens(self) -> tuple[Counter, Counter, Counter]:
+        prompt, answer, cached = (self._metrics.tokens.labels(self._tier, kind) for kind in TOKEN_KINDS)
+        return prompt, answer, cached
+
+    def answered(self, status: str, seconds: float) -> None:
+        """A request has ended so, after so long."""
+        counter = self._requests.get(status)
+        if counter is None:
+            counter = self._requests[status] = self._metrics.requests.labels(self._tier, status)
+        counter.inc()
+        self._duration.observe(seconds)
+
+    def refused(self, code: str | None) -> None:
+        """A request has ended with this error."""
+        code = code or "none"
+        counter = self._refused.get(code)
+        if counter is None:
+            counter = self._refused[code] = self._metrics.refused.labels(self._tier, code)
+        counter.inc()
+
+    def used(self, usage: Usage) -> None:
+        """An engine has counted so many tokens."""
+        prompt, answer, cached = self._tokens
+        prompt.inc(usage.prompt)
+        answer.inc(usage.answer)
+        cached.inc(usage.cached)
 
 
 class TierStatus(Protocol):
@@ -34,6 +85,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._meters: dict[str, Meter] = {}
         self.requests = Counter("assay_requests", "Requests answered.", ["tier", "status"], registry=self.registry)
         self.duration = Histogram(
             "assay_request_duration_seconds",
@@ -59,6 +111,27 @@ class Metrics:
             "assay_streams_broken",
             "Streams that ended with an error event.",
             ["tier"],
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "assay_retries",
+            "Requests sent to another replica of their tier, since the first broke before it had said anything.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "assay_tokens",
+            "Tokens that engines have counted; cached ones of a prompt are also among those of the prompt.",
+            ["tier", "kind"],
+            registry=self.registry,
+        )
+        self.waiting = Gauge(
+            "assay_requests_waiting", "Requests in the tier's queue.", ["tier"], registry=self.registry
+        )
+        self.refused = Counter(
+            "assay_requests_refused",
+            "Requests that ended with an error, by its code.",
+            ["tier", "code"],
             registry=self.registry,
         )
         self.connections_refused = Counter(
@@ -109,13 +182,26 @@ class Metrics:
         What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
         """
         self.running.labels(tier).set(0)
-        for counter in (self.left, self.broken, self.restarts, self.ejections):
+        for counter in (self.left, self.broken, self.restarts, self.ejections, self.retries):
             counter.labels(tier)
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
         self.replicas.labels(tier).set_function(lambda: len(status.replicas))
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)
         self.verified.labels(tier).set_function(lambda: status.is_verified)
         self.asleep.labels(tier).set_function(lambda: status.is_asleep)
+        for kind in TOKEN_KINDS:
+            self.tokens.labels(tier, kind)
+
+    def of(self, tier: str) -> Meter:
+        """The instruments of one tier, or of `NO_TIER`."""
+        meter = self._meters.get(tier)
+        if meter is None:
+            meter = self._meters[tier] = Meter(self, tier)
+        return meter
+
+    def watch_queue(self, tier: str, waiting: Callable[[], int]) -> None:
+        """Ask how many requests wait whenever it is scraped."""
+        self.waiting.labels(tier).set_function(waiting)
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""

@@ -1,73 +1,212 @@
-"""The OpenAI-compatible API: /v1/chat/completions and /v1/models."""
+"""The OpenAI-compatible API: what each of its paths reads, asks an engine, and answers."""
 
-import re
-import secrets
+import asyncio
+import contextlib
 import time
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from msgspec import UNSET
 from pydantic import BaseModel
 
-from server.errors import Refusal
-from server.forward import (
-    ClientLeft,
-    Headers,
-    Receive,
-    Reply,
-    Send,
-    forward,
-    parse_call,
-    read_body,
-    while_client_stays,
-    without_pin,
+from server.admission import Account, Admission
+from server.answer import (
+    EngineBroke,
+    Events,
+    Fields,
+    ResponseEvents,
+    TextEvents,
+    Usage,
+    clean_completion,
+    clean_nothing,
+    clean_response,
+    whole_answer,
 )
+from server.call import Call, read_call
+from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
+from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
+from server.forward import Errand, count_prompt, forward
+from server.keys import Key
 from server.metrics import NO_TIER, Metrics
 from server.pool import Pool
+from server.responses_call import ResponsesCall
 from server.routing import Routes
+from server.text_call import ChatCall, CompletionCall, DetokenizeCall, TokenizeCall
+from server.watch import TimeLimits, Watch
 
 CLIENT_CLOSED_REQUEST = "499"
 """Nobody gets this status; it is how the metrics tell callers who left, after nginx's custom."""
+LAST_WORD_S = 10.0
+"""For an error to reach a caller who reads slowly."""
+BYTES_PER_TOKEN = 4
+"""Of a prompt in English, roughly: what a key is charged until the engine has counted."""
+LARGEST_TEXT = 1 << 20
+"""Bytes to turn into tokens or back: an engine does one such request after another, this much in half a second."""
+LONGEST_TEMPLATE = 512
+"""Tokens that a chat template may add to what the caller wrote."""
 
 
-class Completions:
+@dataclass(frozen=True)
+class Path:
+    """One path of the API and what is particular to it."""
+
+    path: str
+    kind: type[Call]
+    clean: Callable[[Fields], None]
+    events: Callable[[Call], Events] | None = None
+    """None where nothing is generated: such requests take no place in the engine's batch."""
+
+
+def _text_events(call: Call) -> Events:
+    return TextEvents(show_usage=call.asks_usage)
+
+
+PATHS = (
+    Path("/v1/chat/completions", ChatCall, clean_completion, _text_events),
+    Path("/v1/completions", CompletionCall, clean_completion, _text_events),
+    Path("/v1/responses", ResponsesCall, clean_response, lambda _: ResponseEvents()),
+    Path("/tokenize", TokenizeCall, clean_nothing),
+    Path("/detokenize", DetokenizeCall, clean_nothing),
+)
+
+
+class _Format:
+    """How the answer to one call is given on, and what it took."""
+
+    def __init__(self, path: Path, call: Call, prompt_guess: int) -> None:
+        self._path = path
+        self._call = call
+        self._prompt_guess = prompt_guess
+        self._events: Events | None = None
+        self._usage: Usage | None = None
+
+    @property
+    def generates(self) -> bool:
+        return self._path.events is not None
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the engine has counted, if it came so far."""
+        return self._events.usage if self._events else self._usage
+
+    @property
+    def tokens(self) -> int | None:
+        """What the request took, or of a stream that was cut roughly; None if nothing is known."""
+        if usage := self.usage:
+            return usage.prompt + usage.answer
+        return self._prompt_guess + self._events.seen if self._events else None
+
+    @property
+    def form(self) -> str | None:
+        return self._call.form
+
+    def events(self) -> Events:
+        if self._path.events is None:
+            raise EngineBroke("it streams what cannot be streamed")
+        self._events = self._path.events(self._call)
+        return self._events
+
+    def whole(self, body: bytes) -> bytes:
+        answer, self._usage = whole_answer(body, self._path.clean)
+        return answer
+
+
+class Endpoint:
     """Raw ASGI, the hot path: one tier chosen by the body's ``model``, its engine's bytes straight back."""
 
-    def __init__(self, path: str, routes: Routes, metrics: Metrics, body_limit: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        routes: Routes,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        body_limit: int,
+        body_timeout_s: float,
+        limits: TimeLimits,
+    ) -> None:
         self._path = path
         self._routes = routes
+        self._admission = admission
         self._metrics = metrics
-        self._body_limit = body_limit
+        self._body_limit = body_limit if path.events else min(body_limit, LARGEST_TEXT)
+        self._body_timeout_s = body_timeout_s
+        self._limits = limits
+        self._tier_headers = {pool: tier_headers(pool) for pool in routes.pools}
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        began = time.monotonic()
-        reply = Reply(send, [])
-        tier = NO_TIER
-        left = False
+    async def __call__(self, headers: Headers, receive: Receive, reply: Reply, key: Key | None) -> None:
+        """Answer one POST, or refuse it."""
+        began = reply.request_began
+        tier, status = NO_TIER, None
         try:
-            body = await read_body(receive, self._body_limit)
-            call = parse_call(body)
-            pool = self._routes.resolve(call.model)
-            tier = pool.tier.name
-            if call.precision is not UNSET:
-                self._routes.check_pin(pool, call.precision)
-                body = without_pin(body)
-            reply.headers += tier_headers(pool)
-            request_id = scope["state"]["request_id"]
-            work = forward(self._path, body, pool.pick(), reply, request_id, self._metrics)
-            await while_client_stays(receive, work)
+            async with self._admission.account(key, reply.headers) as account:
+                body = await read_body(headers, receive, self._body_limit, self._body_timeout_s)
+                call = read_call(body, self._path.kind)
+                call.check()
+                pool = self._routes.resolve(call.model)
+                tier = pool.tier.name
+                self._hold_to_tier(call, pool, key)
+                reply.headers += self._tier_headers[pool]
+                try:
+                    async with Watch(receive, reply, self._limits, began, streams=call.streams) as watch:
+                        await self._answer(call, body, pool, reply, watch, account, key)
+                except Refusal:
+                    if reply.body_began is None:
+                        account.tokens = 0  # it got nothing
+                    raise
         except Refusal as refusal:
-            await reply.refuse(refusal)
+            self._metrics.of(tier).refused(refusal.code)
+            with contextlib.suppress(TimeoutError):  # of a caller who does not read even this
+                async with asyncio.timeout(LAST_WORD_S):
+                    await reply.refuse(refusal)
         except ClientLeft:
-            left = True
+            status = CLIENT_CLOSED_REQUEST
             self._metrics.left.labels(tier).inc()
         finally:
-            status = CLIENT_CLOSED_REQUEST if left else str(reply.status or 500)
-            self._metrics.requests.labels(tier, status).inc()
-            self._metrics.duration.labels(tier).observe(time.monotonic() - began)
+            meter = self._metrics.of(tier)
+            meter.answered(status or str(reply.status or 500), time.monotonic() - began)
             if reply.status == 200 and reply.body_began is not None:
-                self._metrics.first_byte.labels(tier).observe(reply.body_began - began)
+                meter.first_byte.observe(reply.body_began - began)
+
+    def _hold_to_tier(self, call: Call, pool: Pool, key: Key | None) -> None:
+        if key is not None and not key.may_use(pool.tier):
+            raise TierNotAllowed(key.name, pool.tier.name)
+        if call.precision is not UNSET:
+            self._routes.check_pin(pool, call.precision)
+        most = pool.tier.resources.max_output_tokens
+        if most is not None and (call.output_tokens or 0) > most:
+            raise OutputTooLong(pool.tier.name, call.output_field, call.output_tokens or 0, most)
+
+    async def _answer(
+        self, call: Call, body: bytes, pool: Pool, reply: Reply, watch: Watch, account: Account, key: Key | None
+    ) -> None:
+        prompt_guess = len(body) // BYTES_PER_TOKEN
+        answer_format = _Format(self._path, call, prompt_guess)
+        sent = call.for_engine(body, key.name if key else "", reply.request_id)
+        errand = Errand(self._path.path, sent, reply.request_id, answer_format)
+        if not answer_format.generates:
+            async with self._admission.tokenizer(key, pool):
+                whole = await forward(errand, pool, reply, watch, self._metrics)
+        else:
+            await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
+            try:
+                async with self._admission.place(key, pool, call.choices):
+                    await self._hold_prompt_to_tier(errand, pool, reply)
+                    whole = await forward(errand, pool, reply, watch, self._metrics)
+            finally:
+                account.tokens = answer_format.tokens
+                if usage := answer_format.usage:
+                    self._metrics.of(pool.tier.name).used(usage)
+        if whole is not None:
+            await reply.whole(200, whole)  # the place is another's by now: this caller may read slowly
+
+    async def _hold_prompt_to_tier(self, errand: Errand, pool: Pool, reply: Reply) -> None:
+        most = pool.tier.resources.max_prompt_tokens
+        if most is None or len(errand.body) + LONGEST_TEMPLATE <= most:
+            return  # a token is a byte at the least, so that most prompts need not be counted
+        if (tokens := await count_prompt(errand, pool, reply, self._metrics)) > most:
+            raise PromptTooLong(pool.tier.name, tokens, most)
 
 
 def tier_headers(pool: Pool) -> Headers:
@@ -117,22 +256,20 @@ def models_router(routes: Routes) -> APIRouter:
     router = APIRouter(tags=["models"])
 
     @router.get("/v1/models")
-    async def list_models() -> ModelList:
-        return ModelList(data=[Model.of(name, routes.resolve(name)) for name in routes.names])
+    async def list_models(request: Request) -> ModelList:
+        """The names that the caller's key may use."""
+        key: Key | None = request.state.key
+        pools = {name: routes.resolve(name) for name in routes.names}
+        allowed = {name: pool for name, pool in pools.items() if key is None or key.may_use(pool.tier)}
+        return ModelList(data=[Model.of(name, pool) for name, pool in allowed.items()])
 
     @router.get("/v1/models/{model:path}")
-    async def get_model(model: str) -> Model:
-        return Model.of(model, routes.resolve(model))
+    async def get_model(request: Request, model: str) -> Model:
+        """One of them."""
+        pool = routes.resolve(model)
+        key: Key | None = request.state.key
+        if key is not None and not key.may_use(pool.tier):
+            raise TierNotAllowed(key.name, pool.tier.name)
+        return Model.of(model, pool)
 
     return router
-
-
-_UNSAFE = re.compile(r"[^\w.:@-]")
-_LONGEST_REQUEST_ID = 128
-
-
-def request_id_of(headers: Headers) -> str:
-    """The caller's own ``x-request-id``, with only harmless characters and bounded, or a new one."""
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    cleaned = _UNSAFE.sub("", given.decode("ascii", errors="ignore"))[:_LONGEST_REQUEST_ID]
-    return cleaned or f"req-{secrets.token_hex(12)}"

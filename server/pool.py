@@ -77,6 +77,9 @@ class Pool:
         Raises:
             Refusal: there is none; what `unavailable` says.
         """
+        first = self.replicas[0]
+        if len(self.replicas) == 1 and not tried and first.takes_requests:
+            return first
         able = [replica for replica in self.replicas if replica.takes_requests and replica not in tried]
         if not able and any(replica.takes_requests for replica in tried):
             raise TierUnavailable(self.tier.name, "failing", retry_after=1)
@@ -87,6 +90,10 @@ class Pool:
             return replica.state is State.ASLEEP or replica.running >= self._max_num_seqs, replica.running
 
         return min(able, key=load)
+
+    def has_another(self, tried: Collection[Replica]) -> bool:
+        """Whether one could answer that was not tried."""
+        return any(replica.takes_requests for replica in self.replicas if replica not in tried)
 
     def unavailable(self) -> Refusal:
         """Why nobody can answer, and when somebody could: what the replica says that is back first."""

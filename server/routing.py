@@ -13,6 +13,11 @@ class Routes:
         self._by_name = {name: pool for pool in pools for name in pool.tier.names}
 
     @property
+    def pools(self) -> list[Pool]:
+        """Every tier, once."""
+        return list(dict.fromkeys(self._by_name.values()))
+
+    @property
     def names(self) -> list[str]:
         """All model names, in the order of the config."""
         return list(self._by_name)

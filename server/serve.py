@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 
 import uvicorn
-from fastapi import FastAPI
 
-from server.app import build_app
+from server.app import Gateway, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import ConnectionLimits, connection_class, room_for
@@ -220,7 +219,7 @@ async def _run(
     announce: Announce,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    server = http_server(build_app(config, fleet, metrics), config, metrics)
+    server = http_server(build_app(config, fleet, keys, metrics), config, metrics)
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
         ending.push_async_callback(_stop_gateway, server, gateway)
@@ -236,7 +235,7 @@ async def _run(
         await _drain(config, fleet, server, stop)
 
 
-def http_server(app: FastAPI, config: Config, metrics: Metrics) -> Server:
+def http_server(app: Gateway, config: Config, metrics: Metrics) -> Server:
     """What speaks HTTP in front of ``app``."""
     limits = ConnectionLimits(config.header_timeout_s, config.keep_alive_s, config.max_connections)
     return Server(
@@ -245,6 +244,7 @@ def http_server(app: FastAPI, config: Config, metrics: Metrics) -> Server:
             loop="uvloop",
             http=connection_class(limits, lambda refusal: metrics.connections_refused.labels(refusal.code).inc()),
             ws="none",
+            proxy_headers=False,  # nothing here asks who the caller's address belongs to
             lifespan="off",
             log_config=None,
             access_log=False,

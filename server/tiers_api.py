@@ -131,10 +131,12 @@ def tiers_router(fleet: Fleet, routes: Routes) -> APIRouter:
 
     @router.get("/v1/tiers")
     async def list_tiers() -> TierList:
+        """What every tier declares, what was verified of it, and how it fares."""
         return TierList(data=[TierInfo.of(pool) for pool in fleet.pools])
 
     @router.get("/v1/tiers/{model:path}")
     async def get_tier(model: str) -> TierInfo:
+        """One of them, by any of its names."""
         return TierInfo.of(routes.resolve(model))
 
     return router

@@ -144,7 +144,8 @@ class Vitals:
             return Finding.HANGS
         finally:
             self._probed_at = time.monotonic()
-            asking.cancel()
+            if not asking.cancel():
+                asking.exception()  # taken note of, whether or not it was still wanted
 
     def _read(self, asking: "asyncio.Task[int]") -> Finding:
         try:

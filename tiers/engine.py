@@ -81,6 +81,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         "middleware": LOCK,
         "worker-extension-cls": PROBE,
         "disable-uvicorn-access-log": True,
+        # By itself the first caller with a schema chooses for all, and what the other backend lacks is then a 500.
+        "structured-outputs-config": json.dumps({"backend": "xgrammar"}),
         "tensor-parallel-size": resources.tensor_parallel if backend == "cuda" else 1,
         "pipeline-parallel-size": resources.pipeline_parallel if backend == "cuda" else 1,
     }
@@ -90,6 +92,9 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
             options["attention-backend"] = "FLASHINFER"  # on Ada the only one that leaves queries in BF16
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length
+    if resources.max_prompt_tokens is not None:
+        # For its routes that count a prompt's tokens; nobody but the gateway reaches the others.
+        options["enable-scale-out"] = True
     if resources.max_num_seqs is not None:
         options["max-num-seqs"] = resources.max_num_seqs
     kv_cache_gib = resources.kv_cache_gib or (DEFAULT_CPU_KV_CACHE_GIB if backend == "cpu" else None)

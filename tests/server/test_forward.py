@@ -119,6 +119,41 @@ async def test_a_500_of_a_living_engine_is_a_500(gateway: Gateway) -> None:
     assert gateway.replica.state is State.READY
 
 
+@pytest.mark.parametrize("status", [204, 302, 401, 413, 429, 501, 503])
+async def test_what_is_neither_an_answer_nor_a_refusal_is_the_engines_failure(
+    gateway: Gateway, status: int
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, headers={"location": "http://127.0.0.1:1/"})
+
+    gateway.handler = handler
+    answer = await gateway.post()
+    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
+
+
+GIVEN_UP = b'{"error":{"message":"Internal server error","type":"InternalServerError","param":null,"code":500}}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_form_that_no_answer_can_have_is_the_callers_mistake(gateway: Gateway, stream: bool) -> None:
+    if stream:
+        gateway.handler = streams(b"data: " + GIVEN_UP + b"\n\n", DONE)  # type: ignore[assignment]
+    else:
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            return web.Response(status=500, body=GIVEN_UP)
+
+        gateway.handler = handler
+    form = {"model": "SmolLM2-135M-Instruct", "stream": stream, "response_format": {"type": "json_object"}}
+    for _ in range(10):
+        answer = await gateway.post(json.dumps(form).encode())
+        assert (answer.status, error_of(answer)["param"]) == (400, "response_format")
+    assert gateway.replica.state is State.READY, "nobody takes an engine from others by asking for what cannot be"
+    answer = await gateway.post(STREAM if stream else b'{"model":"SmolLM2-135M-Instruct"}')
+    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+
+
 async def test_an_engine_that_is_gone_is_a_503_with_retry_after_and_taken_out(gateway: Gateway) -> None:
     gateway.replica.connect("http://127.0.0.1:1")
     answer = await gateway.post()
@@ -157,17 +192,18 @@ async def test_every_shape_of_an_engines_refusal_becomes_one(gateway: Gateway, b
         b"{",
         b"[]",
         b"null",
-        b'{"model":3}',
-        b'{"messages":[]}',
         b"\xff\xfe",
         b'{"model":"\xff"}',
-        b'{"model":null}',
+        b'{"model":"SmolLM2-135M-Instruct","prompt":"\xff"}',
+        b'{"model":"SmolLM2-135M-Instruct","prompt":"\\ud800"}',
+        b'{"model":"SmolLM2-135M-Instruct","temperature":NaN}',
+        b'{"model":"SmolLM2-135M-Instruct"} and more',
     ],
 )
-async def test_a_body_that_cannot_be_routed_is_400(gateway: Gateway, body: bytes) -> None:
+async def test_a_body_that_is_no_json_object_is_400(gateway: Gateway, body: bytes) -> None:
     answer = await gateway.post(body)
     assert answer.status == 400
-    assert "cannot be read" in str(error_of(answer)["message"])
+    assert "The request body" in str(error_of(answer)["message"])
     assert gateway.seen == []
 
 
@@ -214,12 +250,13 @@ async def test_a_client_that_leaves_stops_the_engine(gateway: Gateway) -> None:
     assert gateway.metric("assay_requests_running") == 0
 
 
-@pytest.mark.parametrize("given", ["", "a b\n\x00<c>", "x" * 5000, "\u00e4\u00f6"])
+@pytest.mark.parametrize("given", ["", "a b\n\x00<c>", "x" * 5000, "\u00e4\u00f6", "Bearer sk-assay-secret"])
 async def test_request_ids_are_cleaned_and_bounded(gateway: Gateway, given: str) -> None:
     answer = await gateway.post(b"{", headers={"x-request-id": given})
     request_id = answer.headers["x-request-id"]
     assert 0 < len(request_id) <= 128
     assert request_id.replace("-", "").isalnum()
+    assert "secret" not in request_id, "ids are logged"
 
 
 async def test_a_stream_that_is_broken_off_at_the_stop_gets_an_error_event(gateway: Gateway) -> None:
@@ -250,13 +287,23 @@ async def test_a_mistake_of_the_gateway_is_a_500_that_can_be_found_in_the_log(
     def mistake(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("server.openai.tier_headers", mistake)
+    monkeypatch.setattr("server.openai.Endpoint._hold_to_tier", mistake)
     answer = await gateway.post(headers={"x-request-id": "find-me"})
     assert answer.status == 500
     assert answer.headers["x-request-id"] == "find-me"
     assert error_of(answer)["code"] == "internal_error"
     assert "find-me" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_mistake_in_a_route_of_the_framework_is_the_same_500(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(gateway.metrics), "exposition", None)
+    answer = await gateway.post(b"", path="/metrics", method="GET", headers={"x-request-id": "find-me"})
+    assert answer.status == 500
+    assert error_of(answer)["code"] == "internal_error"
+    assert "find-me" in caplog.text
 
 
 async def test_an_engine_is_not_started_again_on_other_weights(gateway: Gateway) -> None:

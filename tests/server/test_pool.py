@@ -12,6 +12,7 @@ from server.app import build_app
 from server.config import Config, load_config
 from server.errors import TierNotVerified, TierUnavailable
 from server.fleet import Fleet
+from server.keys import Keys
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
@@ -42,7 +43,8 @@ class Three:
         for replica in self.replicas:
             replica.state = State.READY
         self.pool = Pool(config.tiers[0], self.replicas, self.metrics, max_num_seqs=AT_ONCE)
-        self.gateway = Gateway(build_app(config, Fleet([self.pool]), self.metrics), self.replicas[0], self.metrics)
+        app = build_app(config, Fleet([self.pool]), Keys(config.keys_file), self.metrics)
+        self.gateway = Gateway(app, self.replicas[0], self.metrics)
 
     def become(self, *states: State) -> None:
         for replica, state in zip(self.replicas, states, strict=True):

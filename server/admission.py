@@ -1,0 +1,115 @@
+"""Whether a request may go to a tier now, and when: its key's limits, then the tier's queue.
+
+Knows keys, limits and queues; knows nothing of HTTP bodies or engines.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from server.errors import TooManyAtOnce
+from server.exchange import Headers
+from server.fair_queue import FairQueue, Place
+from server.keys import Key
+from server.pool import Pool
+from server.rates import Charge, Rates, Standing
+
+AT_THE_TOKENIZER = 4
+MOST_AT_IT = 64
+ANYBODY = "anybody"
+"""Whose turn it is where no keys are asked for."""
+
+
+class Account:
+    """What one request takes of its key's limits; corrected when it is known what it really took."""
+
+    def __init__(self, key: Key | None, rates: Rates, headers: Headers) -> None:
+        self._key = key
+        self._rates = rates
+        self._headers = headers
+        self._charge: Charge | None = None
+        self.tokens: int | None = None
+        """Prompt and answer, once the engine has said; what was reserved stays taken otherwise."""
+
+    async def take_request(self) -> None:
+        """Count it. Raises RateExceeded."""
+        if self._key is not None and self._key.requests_per_minute is not None:
+            limit = self._key.requests_per_minute
+            self._note("requests", await self._rates.take_request(self._key.name, limit))
+
+    async def reserve(self, tokens: int) -> None:
+        """Count the tokens it may take, at most. Raises RateExceeded."""
+        if self._key is not None and self._key.tokens_per_minute is not None:
+            limit = self._key.tokens_per_minute
+            standing, self._charge = await self._rates.take_tokens(self._key.name, limit, tokens)
+            self._note("tokens", standing)
+
+    async def settle(self) -> None:
+        """Count the tokens it took instead of those reserved."""
+        if self._charge is not None and self.tokens is not None:
+            await self._rates.settle(self._charge, self.tokens)
+
+    def _note(self, what: str, standing: Standing) -> None:
+        told = {"limit": standing.limit, "remaining": standing.remaining, "reset": f"{standing.reset_s}s"}
+        self._headers += [
+            (f"x-ratelimit-{name}-{what}".encode(), str(value).encode()) for name, value in told.items()
+        ]
+
+
+class Admission:
+    """The limits of all keys and the queues of all tiers."""
+
+    def __init__(self, pools: Iterable[Pool]) -> None:
+        self._rates = Rates()
+        self._running: Counter[str] = Counter()
+        self._queues = {pool: _queue_of(pool) for pool in pools}
+        self._tokenizers = {
+            pool: FairQueue(pool.tier.name, lambda: AT_THE_TOKENIZER, MOST_AT_IT) for pool in self._queues
+        }
+
+    def waiting(self, pool: Pool) -> int:
+        """Requests in the tier's queue."""
+        return self._queues[pool].waiting
+
+    @asynccontextmanager
+    async def account(self, key: Key | None, headers: Headers) -> AsyncIterator[Account]:
+        """One of the key's requests, within the block; how the key stands is added to ``headers``.
+
+        Raises:
+            TooManyAtOnce, RateExceeded: one of the key's limits is reached.
+        """
+        account = Account(key, self._rates, headers)
+        if key is None:
+            yield account
+            return
+        if key.concurrent_requests is not None and self._running[key.name] >= key.concurrent_requests:
+            raise TooManyAtOnce(key.concurrent_requests)
+        self._running[key.name] += 1
+        try:
+            await account.take_request()
+            yield account
+        finally:
+            self._running[key.name] -= 1
+            if not self._running[key.name]:
+                del self._running[key.name]
+            await account.settle()
+
+    def place(self, key: Key | None, pool: Pool, places: int) -> Place:
+        """Places in the tier's engines for one request, in turn; see `FairQueue.place`."""
+        return self._queues[pool].place(_name(key), places)
+
+    def tokenizer(self, key: Key | None, pool: Pool) -> Place:
+        """The tier's tokenizer for one request, which waits for no answer that is being generated."""
+        return self._tokenizers[pool].place(_name(key))
+
+
+def _name(key: Key | None) -> str:
+    return key.name if key else ANYBODY
+
+
+def _queue_of(pool: Pool) -> FairQueue:
+    return FairQueue(pool.tier.name, lambda: pool.requests_at_once, pool.tier.resources.max_waiting)
+
+
+def _tokenizer_of(pool: Pool) -> FairQueue:
+    return FairQueue(pool.tier.name, lambda: AT_THE_TOKENIZER, MOST_AT_IT)
