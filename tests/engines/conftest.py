@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ class Server:
         """The process that computes."""
         return next(process for process in self.engine(tier) if process.cmdline()[0] == "VLLM::Worker")
 
+    def engine_port(self, tier: str) -> int:
+        """Where that engine listens."""
+        arguments = self.engine(tier)[0].cmdline()
+        return int(next(a for a in arguments if a.startswith("--port=")).partition("=")[2])
+
+    def running_in_engine(self, tier: str) -> float:
+        """Requests that the engine itself says it works on, or holds back."""
+        key = self.engine(tier)[0].environ()["VLLM_API_KEY"]
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.engine_port(tier)}/metrics", headers={"Authorization": f"Bearer {key}"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        counts = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(counts))
+
     def remember_processes(self) -> None:
         """Note everything that has been part of it, for the test that nothing remains."""
         self.tree |= {*psutil.Process(self.process.pid).children(recursive=True)}
@@ -96,13 +113,40 @@ def wait_until(condition: Any, seconds: float, what: str) -> float:
     return time.monotonic() - began
 
 
+@contextmanager
+def serving(folder: Path, config: str, port: int) -> Iterator[Server]:
+    """`assay serve` with this config, all its tiers ready; ended with the block."""
+    log, file = folder / "serve.log", folder / "config.yaml"
+    file.write_text(config)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("assay")), "serve", "--config", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "all tiers ready")
+        if process.poll() is not None:
+            pytest.fail(f"assay serve ended:\n{log.read_text()}")
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+
+
 @pytest.fixture(scope="session")
 def assay(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    log = folder / "serve.log"
-    config = folder / "config.yaml"
     port = free_port()
-    config.write_text(f"""
+    config = f"""
 port: {port}
 home: {ROOT / ".assay"}
 keys: {folder / "keys.json"}
@@ -123,27 +167,7 @@ models:
       Reference: {{kv_cache_gib: 0.1}}
       Turbo: {{kv_cache_gib: 0.1}}
       Lite: {{kv_cache_gib: 0.1}}
-""")
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("assay")), "serve", "--config", str(config)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "all tiers ready")
-        if process.poll() is not None:
-            pytest.fail(f"assay serve ended:\n{log.read_text()}")
+"""
+    with serving(folder, config, port) as server:
         server.remember_processes()
         yield server
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(120)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise

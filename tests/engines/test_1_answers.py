@@ -137,7 +137,7 @@ def test_a_client_that_leaves_mid_stream_frees_the_engine(assay: Server) -> None
     stream.close()
     wait_until(lambda: assay.metric("assay_requests_running", "Lite") == 0, 2, "the slot is free")
     assert assay.metric("assay_clients_left_total", "Lite") == left + 1
-    wait_until(lambda: _running_in_engine(assay, "Lite") == 0, 2, "the engine works on nothing")
+    wait_until(lambda: assay.running_in_engine("Lite") == 0, 2, "the engine works on nothing")
 
 
 def test_a_client_that_leaves_before_the_answer_frees_the_engine(assay: Server) -> None:
@@ -146,7 +146,7 @@ def test_a_client_that_leaves_before_the_answer_frees_the_engine(assay: Server) 
         client.chat.completions.create(
             model=f"{MODEL}-Lite", messages=COUNT, max_tokens=1500, extra_body={"ignore_eos": True}
         )
-    wait_until(lambda: _running_in_engine(assay, "Lite") == 0, 3, "the engine works on nothing")
+    wait_until(lambda: assay.running_in_engine("Lite") == 0, 3, "the engine works on nothing")
 
 
 def test_the_tiers_answer_at_the_same_time(assay: Server) -> None:
@@ -165,7 +165,7 @@ def test_the_tiers_answer_at_the_same_time(assay: Server) -> None:
 
 
 def test_engines_answer_nobody_but_the_gateway(assay: Server) -> None:
-    port = _engine_port(assay, "Turbo")
+    port = assay.engine_port("Turbo")
     for path in ("/v1/models", "/health", "/metrics", "/tokenize", "/invocations", "/version", "/docs"):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10)
@@ -195,21 +195,6 @@ def test_the_curl_line_that_serve_prints_works(assay: Server) -> None:
     line = next(line for line in assay.log.read_text().splitlines() if line.startswith("curl "))
     done = subprocess.run(["bash", "-c", f"{line} --silent --fail"], capture_output=True, check=True, cwd=ROOT)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
-
-
-def _engine_port(assay: Server, tier: str) -> int:
-    arguments = assay.engine(tier)[0].cmdline()
-    return int(next(a for a in arguments if a.startswith("--port=")).partition("=")[2])
-
-
-def _running_in_engine(assay: Server, tier: str) -> float:
-    key = assay.engine(tier)[0].environ()["VLLM_API_KEY"]
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{_engine_port(assay, tier)}/metrics", headers={"Authorization": f"Bearer {key}"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
 @pytest.mark.parametrize(("tier", "precision"), [("Reference", "bf16"), ("Turbo", "fp8"), ("Lite", "int4")])

@@ -1,0 +1,37 @@
+"""The benches of the gateway run and measure; what they measure is no test."""
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.engines.conftest import ROOT
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def run(target: str, options: str) -> Any:
+    done = subprocess.run(
+        ["make", "--silent", target, f"ARGS=--quick --json {options}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,  # 1 says that a bar was missed, or not measured
+        cwd=ROOT,
+    )
+    assert done.returncode in (0, 1)
+    return json.loads(done.stdout)
+
+
+def test_the_bench_of_gateways_measures_ours() -> None:
+    """Alone: the others would have to be installed first."""
+    measured = run("bench-gateway", "--only assay --requests 500")
+    ours = next(row for row in measured["gateways"] if row["gateway"] == "assay")
+    assert ours["problem"] is None
+    assert ours["medians"]["cpu_us_per_request_1"] > 0
+    assert ours["medians"]["cpu_us_per_chunk"] > 0
+
+
+def test_the_bench_of_throughput_measures_both_ways() -> None:
+    measured = run("bench-throughput", "")
+    assert all(rate > 0 for way in ("direct", "gateway") for rate in measured["tokens_per_s"][way])
