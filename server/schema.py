@@ -19,6 +19,9 @@ LONGEST_JSON = 1 << 20
 DEEPEST = 64
 """Of what vLLM decodes by recursion; it refuses deeper schemas itself."""
 
+DEEPEST_WRAPPING = 5
+"""Of objects around a schema, as in a structural tag in structured outputs."""
+
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 _WRAPPERS = ("format", "json_schema", "schema", "json", "structural_tag", "structures")
 """Where fields of vLLM's and OpenAI's keep schemas, some of them as text."""
@@ -97,7 +100,7 @@ def _decoded(field: str, text: bytes) -> Any:
         raise FieldRefused(field, f"{field} cannot be read: {error}") from None
 
 
-def _roots(value: Any) -> Iterator[dict[str, Any]]:
+def _roots(value: Any, wrapped: int = DEEPEST_WRAPPING) -> Iterator[dict[str, Any]]:
     """Whatever may be the root that references count from: the document, and the schemas it wraps."""
     if isinstance(value, str):
         try:
@@ -106,11 +109,11 @@ def _roots(value: Any) -> Iterator[dict[str, Any]]:
             return  # no JSON, which is the engine's to say
     if isinstance(value, list):
         for each in value:
-            yield from _roots(each)
+            yield from _roots(each, wrapped)
     if isinstance(value, dict):
         yield value
-        for wrapper in _WRAPPERS:
-            yield from _roots(value.get(wrapper))
+        for wrapper in _WRAPPERS if wrapped else ():
+            yield from _roots(value.get(wrapper), wrapped - 1)
 
 
 def _check_references(field: str, root: dict[str, Any]) -> None:
