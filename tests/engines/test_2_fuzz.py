@@ -259,6 +259,7 @@ def test_nothing_that_callers_say_is_in_a_log(assay: Server, logged: Callable[[]
             httpx.request(method, forged, timeout=HANG_S)
     logs = logged()
     assert any("find-me" in text for text in logs.values()), "requests can be found by their id"
+    assert not any("Logging error" in path.read_text(errors="replace") for path in logs)
     # vLLM ends the lines of a traceback so.
     lines = [(path.name, line.removesuffix("\r")) for path, text in logs.items() for line in text.split("\n")]
     assert [told for told in lines if SECRET in told[1].lower() or not told[1].isprintable()] == []

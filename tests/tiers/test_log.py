@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from io import StringIO
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,15 @@ CALLERS = "word\r\x1b[31mERROR forged\x85\u2028"
 def written() -> Iterator[StringIO]:
     """What has been written since, by a handler that knows nothing of any of this."""
     factory, output = logging.getLogRecordFactory(), StringIO()
+
+    def name_process(*args: Any, **fields: Any) -> logging.LogRecord:
+        record = factory(*args, **fields)
+        record.vllm_process_name = "Worker"
+        return record
+
+    logging.setLogRecordFactory(name_process)  # as vLLM does
     handler = logging.StreamHandler(output)
+    handler.setFormatter(logging.Formatter("%(vllm_process_name)s %(message)s"))
     logging.getLogger("vllm").addHandler(handler)
     keep_log_clean()
     yield output
@@ -42,7 +51,7 @@ def test_an_exception_that_a_request_caused_is_told_without_its_words(written: S
         logging.getLogger("vllm.engine").exception("Error in stream.")
     told = written.getvalue()
     assert "forged" not in told
-    assert told.startswith("Error in stream.\nTraceback")
+    assert told.startswith("Worker Error in stream.\nTraceback")
     assert told.index("builtins.KeyError") < told.index("builtins.ValueError")
     assert f'File "{file}", line 5, in fail' in told
 
@@ -57,4 +66,4 @@ def test_any_other_exception_says_what_is_wrong_and_steers_no_terminal(written: 
 
 def test_a_message_steers_no_terminal(written: StringIO) -> None:
     logging.getLogger("vllm.engine").warning("found %s", CALLERS)
-    assert written.getvalue() == "found word\\r\\x1b[31mERROR forged\\x85\\u2028\n"
+    assert written.getvalue() == "Worker found word\\r\\x1b[31mERROR forged\\x85\\u2028\n"

@@ -16,12 +16,7 @@ _HANDLES_REQUESTS = re.compile(r"/(vllm/entrypoints|vllm/v1/structured_output|xg
 
 
 class CleanRecord(logging.LogRecord):
-    """A line of a log without control characters, and without the words of exceptions that requests caused."""
-
-    def __init__(self, *args: Any, **fields: Any) -> None:
-        super().__init__(*args, **fields)
-        if self.exc_info and self.exc_info[1] is not None:
-            self.exc_text = _clean("".join(_told(self.exc_info[1])).rstrip("\n"))  # formatters then make none
+    """A line of a log without control characters."""
 
     def getMessage(self) -> str:  # noqa: N802
         return _clean(super().getMessage())
@@ -29,7 +24,16 @@ class CleanRecord(logging.LogRecord):
 
 def keep_log_clean() -> None:
     """From now on, in this process, whatever logger and handler it is."""
-    logging.setLogRecordFactory(CleanRecord)
+    make = logging.getLogRecordFactory()  # vLLM's, which notes the process's name
+
+    def make_clean(*args: Any, **fields: Any) -> logging.LogRecord:
+        record = make(*args, **fields)
+        record.__class__ = CleanRecord
+        if record.exc_info and record.exc_info[1] is not None:
+            record.exc_text = _clean("".join(_told(record.exc_info[1])).rstrip("\n"))  # formatters then make none
+        return record
+
+    logging.setLogRecordFactory(make_clean)
 
 
 def _clean(text: str) -> str:
