@@ -5,6 +5,7 @@ answers a schema that refers to nothing but itself with a 500.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
@@ -14,8 +15,6 @@ from server.errors import FieldRefused
 
 LARGEST_SCHEMA = 1 << 16
 """Bytes, of all schemas in a field. A list of values this long takes some seconds to compile on two cores."""
-LONGEST_JSON = 1 << 20
-"""Characters, of which many are brackets."""
 DEEPEST = 64
 """Of what vLLM decodes by recursion; it refuses deeper schemas itself."""
 
@@ -23,6 +22,7 @@ DEEPEST_WRAPPING = 5
 """Of objects around a schema, as in a structural tag in structured outputs."""
 
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _WRAPPERS = ("format", "json_schema", "schema", "json", "structural_tag", "structures")
 """Where fields of vLLM's and OpenAI's keep schemas, some of them as text."""
 
@@ -58,7 +58,7 @@ def check_schema(field: str, text: Raw) -> None:
     """Hold a schema, or what has some in it, against what an engine can compile.
 
     Raises:
-        FieldRefused: it is too large, no object, or refers in a circle.
+        FieldRefused: it is too large, no object, or refers in a circle or out of itself.
     """
     given = bytes(text)
     if given == b"null":
@@ -81,15 +81,8 @@ def check_depth(field: str, text: str) -> None:
     """
     if text.count("[") + text.count("{") <= DEEPEST:
         return
-    if len(text) > LONGEST_JSON:
-        raise FieldRefused(
-            field, f"{field} holds JSON of {len(text)} characters; at most {LONGEST_JSON} are taken"
-        )
     brackets = text.encode().translate(None, _OTHERS)
-    for _ in range(DEEPEST):
-        # From the inside out, a level at a time; what is left at last is deeper, or was never closed.
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if brackets.count(b"[") + brackets.count(b"{") > DEEPEST:
+    if max(accumulate(map(_STEPS.__getitem__, brackets))) > DEEPEST:
         raise FieldRefused(field, f"{field} holds JSON that is nested more than {DEEPEST} deep")
 
 

@@ -8,6 +8,7 @@ import pytest
 from server.call import FORBIDDEN, MOST_CHOICES, Call, read_call
 from server.errors import BodyRefused, FieldNotAllowed, FieldRefused
 from server.responses_call import ResponsesCall
+from server.schema import check_depth
 from server.text_call import ChatCall, CompletionCall
 
 DEEP = "[" * 99
@@ -121,6 +122,13 @@ def test_a_schema_that_refers_to_its_parts_passes_and_one_that_grows_by_itself_t
     node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}, "up": {"$ref": "#"}}}
     schema = {"$defs": {"node": node, "short": {"$ref": "#/$defs/node"}}, "$ref": "#/$defs/short"}
     chat(json.dumps({"model": "m", "response_format": {"json_schema": {"name": "n", "schema": schema}}})).check()
+
+
+def test_looking_for_depth_takes_no_longer_than_there_are_brackets() -> None:
+    for brackets in ("]" * 300_000 + "[" * 30 + "]" * 30, "[}" * 150_000, "[]" * 150_000):
+        began = time.process_time()
+        check_depth("messages", brackets)
+        assert time.process_time() - began < 0.3
 
 
 def test_looking_through_a_schema_takes_no_longer_than_it_is_long() -> None:
