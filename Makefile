@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-gpu audit bench bench-recipes bench-gateway bench-throughput clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +36,10 @@ test-fast: ## tests without an engine, in seconds
 	$(RUN)/pytest -m "not engine and not gpu"
 
 test-engines: ## tests on six real engines of two models, started once
-	$(RUN)/pytest -m "engine and not gpu"
+	$(RUN)/pytest -m "engine and not gpu and not slow"
+
+test-slow: ## tests on engines that `make test` has no time for
+	$(RUN)/pytest -m "engine and not gpu and slow"
 
 test-gpu: ## tests that need an NVIDIA GPU
 	$(RUN)/pytest -m gpu

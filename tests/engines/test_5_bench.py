@@ -8,7 +8,7 @@ import pytest
 
 from tests.engines.conftest import ROOT
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def run(target: str, options: str) -> Any:

@@ -135,6 +135,7 @@ def test_every_step_of_a_long_prompt_counts(pair: Server) -> None:
     assert max(map(len, cache.values())) > 5, "it fills step by step, until the whole prompt is counted as done"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_an_engine_whose_places_are_all_taken_is_not_taken_for_one_that_hangs(pair: Server) -> None:
     """Its probe waits longer than it may, and nothing else is heard: the answers come whole, at their end."""
