@@ -15,7 +15,9 @@ from server.pool import Pool
 from server.rates import Charge, Rates, Standing
 
 AT_THE_TOKENIZER = 4
+"""Texts at once, of which an engine does one after another."""
 MOST_AT_IT = 64
+"""That wait besides."""
 ANYBODY = "anybody"
 """Whose turn it is where no keys are asked for."""
 
@@ -109,7 +111,3 @@ def _name(key: Key | None) -> str:
 
 def _queue_of(pool: Pool) -> FairQueue:
     return FairQueue(pool.tier.name, lambda: pool.requests_at_once, pool.tier.resources.max_waiting)
-
-
-def _tokenizer_of(pool: Pool) -> FairQueue:
-    return FairQueue(pool.tier.name, lambda: AT_THE_TOKENIZER, MOST_AT_IT)

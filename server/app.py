@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
@@ -26,7 +25,6 @@ from server.watch import TimeLimits
 
 log = logging.getLogger("assay.app")
 
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 LONGEST_QUOTE = 200
 
 
