@@ -4,8 +4,9 @@ Knows keys, limits and queues; knows nothing of HTTP bodies or engines.
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
 
 from server.errors import TooManyAtOnce
 from server.exchange import Headers
@@ -22,22 +23,58 @@ ANYBODY = "anybody"
 """Whose turn it is where no keys are asked for."""
 
 
-class Account:
-    """What one request takes of its key's limits; corrected when it is known what it really took."""
+_STANDING = {
+    what: tuple(f"x-ratelimit-{name}-{what}".encode() for name in ("limit", "remaining", "reset"))
+    for what in ("requests", "tokens")
+}
+"""The headers that say how a key stands."""
 
-    def __init__(self, key: Key | None, rates: Rates, headers: Headers) -> None:
+
+class Account:
+    """What one request takes of its key's limits within the block; corrected when it is known what it really took.
+
+    A class, for every request has one, and a generator costs more.
+    """
+
+    def __init__(self, key: Key | None, rates: Rates, running: "Counter[str]", headers: Headers) -> None:
         self._key = key
         self._rates = rates
+        self._running = running
         self._headers = headers
         self._charge: Charge | None = None
         self.tokens: int | None = None
         """Prompt and answer, once the engine has said; what was reserved stays taken otherwise."""
 
-    async def take_request(self) -> None:
-        """Count it. Raises RateExceeded."""
-        if self._key is not None and self._key.requests_per_minute is not None:
-            limit = self._key.requests_per_minute
-            self._note("requests", await self._rates.take_request(self._key.name, limit))
+    async def __aenter__(self) -> Self:
+        if self._key is not None:
+            self._begin(self._key)
+            try:
+                await self._take_request(self._key)
+            except BaseException:
+                self._end(self._key)
+                raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._key is not None:
+            self._end(self._key)
+            await self._settle()
+
+    def _begin(self, key: Key) -> None:
+        if key.concurrent_requests is not None and self._running[key.name] >= key.concurrent_requests:
+            raise TooManyAtOnce(key.concurrent_requests)
+        self._running[key.name] += 1
+
+    def _end(self, key: Key) -> None:
+        self._running[key.name] -= 1
+        if not self._running[key.name]:
+            del self._running[key.name]
+
+    async def _take_request(self, key: Key) -> None:
+        if key.requests_per_minute is not None:
+            self._note("requests", await self._rates.take_request(key.name, key.requests_per_minute))
 
     async def reserve(self, tokens: int) -> None:
         """Count the tokens it may take, at most. Raises RateExceeded."""
@@ -46,16 +83,17 @@ class Account:
             standing, self._charge = await self._rates.take_tokens(self._key.name, limit, tokens)
             self._note("tokens", standing)
 
-    async def settle(self) -> None:
-        """Count the tokens it took instead of those reserved."""
+    async def _settle(self) -> None:
         if self._charge is not None and self.tokens is not None:
             await self._rates.settle(self._charge, self.tokens)
 
     def _note(self, what: str, standing: Standing) -> None:
-        told = {"limit": standing.limit, "remaining": standing.remaining, "reset": f"{standing.reset_s}s"}
-        self._headers += [
-            (f"x-ratelimit-{name}-{what}".encode(), str(value).encode()) for name, value in told.items()
-        ]
+        limit, remaining, reset = _STANDING[what]
+        self._headers += (
+            (limit, b"%d" % standing.limit),
+            (remaining, b"%d" % standing.remaining),
+            (reset, b"%ds" % standing.reset_s),
+        )
 
 
 class Admission:
@@ -73,28 +111,13 @@ class Admission:
         """Requests in the tier's queue."""
         return self._queues[pool].waiting
 
-    @asynccontextmanager
-    async def account(self, key: Key | None, headers: Headers) -> AsyncIterator[Account]:
+    def account(self, key: Key | None, headers: Headers) -> Account:
         """One of the key's requests, within the block; how the key stands is added to ``headers``.
 
         Raises:
-            TooManyAtOnce, RateExceeded: one of the key's limits is reached.
+            TooManyAtOnce, RateExceeded: into the block; one of the key's limits is reached.
         """
-        account = Account(key, self._rates, headers)
-        if key is None:
-            yield account
-            return
-        if key.concurrent_requests is not None and self._running[key.name] >= key.concurrent_requests:
-            raise TooManyAtOnce(key.concurrent_requests)
-        self._running[key.name] += 1
-        try:
-            await account.take_request()
-            yield account
-        finally:
-            self._running[key.name] -= 1
-            if not self._running[key.name]:
-                del self._running[key.name]
-            await account.settle()
+        return Account(key, self._rates, self._running, headers)
 
     def place(self, key: Key | None, pool: Pool, places: int) -> Place:
         """Places in the tier's engines for one request, in turn; see `FairQueue.place`."""

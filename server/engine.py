@@ -10,6 +10,7 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from server.launch.local import LocalProcess
+from server.upstream import IDLE_S, Upstream
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
 from tiers.probe.reading import READING_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
@@ -45,16 +46,13 @@ class Engine:
     def __init__(self, name: str, url: str, key: str, process: LocalProcess | None) -> None:
         self.name = name
         self.process = process
-        self.session = aiohttp.ClientSession(
+        self.upstream = Upstream(url, key)
+        """The way for callers' requests; what an engine is asked about itself goes by the session."""
+        self._session = aiohttp.ClientSession(
             url,
             headers={"authorization": f"Bearer {key}"},
-            # vLLM closes idle connections after 5 s; a request sent into that would fail.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            auto_decompress=False,
-            # An engine sets no cookies, and needs nothing but what it is sent on purpose.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("accept", "accept-encoding", "user-agent"),
         )
 
     @classmethod
@@ -83,7 +81,7 @@ class Engine:
             say(self.process.last_line().rpartition("] ")[2].strip())
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-                async with self.session.get("/version", timeout=timeout) as answer:
+                async with self._session.get("/version", timeout=timeout) as answer:
                     if answer.status == 200:
                         return str((await answer.json())["version"])
             await asyncio.sleep(POLL_S)
@@ -121,7 +119,7 @@ class Engine:
         """
         body = {"model": model, "prompt": "Hello", "max_tokens": 1}
         timeout = aiohttp.ClientTimeout(total=None)
-        async with self.session.post("/v1/completions", json=body, timeout=timeout) as answer:
+        async with self._session.post("/v1/completions", json=body, timeout=timeout) as answer:
             await answer.read()
             return answer.status
 
@@ -130,7 +128,7 @@ class Engine:
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
             plain = {"accept-encoding": "identity"}
-            async with self.session.get("/metrics", headers=plain, timeout=timeout) as answer:
+            async with self._session.get("/metrics", headers=plain, timeout=timeout) as answer:
                 lines = (await answer.read()).splitlines()
         except (aiohttp.ClientError, TimeoutError):
             return ()
@@ -156,7 +154,7 @@ class Engine:
         """Ask it now; one that is too busy to answer is alive."""
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-            async with self.session.get("/health", timeout=timeout) as answer:
+            async with self._session.get("/health", timeout=timeout) as answer:
                 return answer.status == 200
         except TimeoutError:
             return True
@@ -165,14 +163,15 @@ class Engine:
 
     async def stop(self) -> None:
         """End it; returns when nothing of it is left."""
-        await self.session.close()
+        self.upstream.close()
+        await self._session.close()
         if self.process is not None:
             await self.process.stop()
 
     async def _ask(self, method: str, route: str, what: str, body: Any = None) -> bytes:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
         try:
-            async with self.session.request(method, route, json=body, timeout=timeout) as answer:
+            async with self._session.request(method, route, json=body, timeout=timeout) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._problem(f"the engine gives no answer to {what} ({error!r})") from error

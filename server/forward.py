@@ -1,6 +1,6 @@
 """One request to one replica of a tier and back: the same bytes there, whole events straight back.
 
-Knows the engine's HTTP; what an answer says is `server.answer`'s to know.
+Knows what engines are asked; what an answer says is `server.answer`'s to know.
 """
 
 import logging
@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import aiohttp
-
 from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
+from server.places import BrokenOff
 from server.pool import Pool
 from server.replica import Replica
+from server.upstream import Connection, UpstreamBroke
 
 log = logging.getLogger("assay.forward")
 
@@ -59,11 +59,6 @@ class Errand:
     request_id: str
     format: Format
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Those that the engine gets; nothing of the caller's but the request's id."""
-        return {"content-type": "application/json", "x-request-id": self.request_id}
-
 
 async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, metrics: Metrics) -> bytes | None:
     """Do the errand at one of the tier's replicas, and at another one if that breaks before it has said anything.
@@ -95,10 +90,10 @@ async def _at_one_of(
         replica = pool.pick(tried)
         try:
             return await work(replica)
-        except (aiohttp.ClientError, TimeoutError, EngineBroke) as error:
+        except (UpstreamBroke, BrokenOff, EngineBroke) as error:
             if errand.format.form and isinstance(error, AnswerGivenUp):
                 raise FormRefused(errand.format.form) from None
-            log.warning("%s: request %s broke off: %s", pool.tier.name, errand.request_id, _cause(error))
+            log.warning("%s: request %s broke off: %s", pool.tier.name, errand.request_id, error)
             alive = await replica.is_alive()
             tried.append(replica)
             if reply.body_began is not None:
@@ -112,20 +107,15 @@ async def _at_one_of(
                 raise replica.unavailable() from error
 
 
-def _cause(error: Exception) -> str:
-    """What a log may say of it: aiohttp quotes what it cannot read, and that may be a caller's."""
-    return str(error) if isinstance(error, EngineBroke | OSError) else type(error).__name__
-
-
 async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
     async with (
-        replica.slot() as engine,
-        engine.post(errand.path, data=errand.body, headers=errand.headers, allow_redirects=False) as answer,
+        replica.slot() as upstream,
+        upstream.post(errand.path, errand.body, errand.request_id) as answer,
     ):
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)
-        if answer.content_type == "text/event-stream":
-            await _copy_events(answer.content, errand, replica, reply, listener)
+        if answer.content_type.startswith(b"text/event-stream"):
+            await _copy_events(answer, errand, replica, reply, listener)
             return None
         body = errand.format.whole(await answer.read())
         if errand.format.generates:
@@ -135,8 +125,8 @@ async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener
 
 async def _count(replica: Replica, errand: Errand) -> int:
     async with (
-        replica.slot() as engine,
-        engine.post(f"{errand.path}/render", data=errand.body, headers=errand.headers) as answer,
+        replica.slot() as upstream,
+        upstream.post(f"{errand.path}/render", errand.body, errand.request_id) as answer,
     ):
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)
@@ -144,13 +134,13 @@ async def _count(replica: Replica, errand: Errand) -> int:
 
 
 async def _copy_events(
-    content: aiohttp.StreamReader, errand: Errand, replica: Replica, reply: Reply, listener: Listener
+    answer: Connection, errand: Errand, replica: Replica, reply: Reply, listener: Listener
 ) -> None:
     """Copy whole events only, so that what breaks off never leaves half of one."""
     events = errand.format.events()
     reply.error_event = events.error
     pending = b""
-    async for chunk in content.iter_any():
+    while chunk := await answer.part():
         listener.heard()
         if pending:
             chunk = pending + chunk
@@ -173,7 +163,7 @@ async def _copy_events(
     await reply.send(b"", more=False)
 
 
-async def _refuse_like(answer: aiohttp.ClientResponse, replica: Replica, errand: Errand) -> None:
+async def _refuse_like(answer: Connection, replica: Replica, errand: Errand) -> None:
     refused = EngineRefused.read(answer.status, await answer.read())
     if answer.status in EngineRefused.STATUSES:
         raise refused

@@ -72,6 +72,10 @@ class TierStatus(Protocol):
         """How many can answer."""
 
     @property
+    def running(self) -> int:
+        """Requests that they work on."""
+
+    @property
     def is_asleep(self) -> bool:
         """Whether one would have to wake first."""
 
@@ -102,7 +106,10 @@ class Metrics:
             registry=self.registry,
         )
         self.running = Gauge(
-            "assay_requests_running", "Requests an engine works on now.", ["tier"], registry=self.registry
+            "assay_requests_running",
+            "Requests an engine works on now, or is woken for.",
+            ["tier"],
+            registry=self.registry,
         )
         self.left = Counter(
             "assay_clients_left", "Clients gone before their answer ended.", ["tier"], registry=self.registry
@@ -181,9 +188,9 @@ class Metrics:
 
         What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
         """
-        self.running.labels(tier).set(0)
         for counter in (self.left, self.broken, self.restarts, self.ejections, self.retries):
             counter.labels(tier)
+        self.running.labels(tier).set_function(lambda: status.running)
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
         self.replicas.labels(tier).set_function(lambda: len(status.replicas))
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)

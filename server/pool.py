@@ -39,6 +39,11 @@ class Pool:
         return sum(replica.can_answer for replica in self.replicas)
 
     @property
+    def running(self) -> int:
+        """Requests that the engines work on now, or are woken for."""
+        return sum(replica.running for replica in self.replicas)
+
+    @property
     def is_asleep(self) -> bool:
         """Whether an engine would have to wake first."""
         return self.state is State.ASLEEP

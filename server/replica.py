@@ -6,11 +6,9 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
-
-import aiohttp
 
 from server.checkpoints import Checkpoints
 from server.engine import Engine, EngineNotStarted, PrecisionRefused
@@ -19,6 +17,7 @@ from server.launch.local import free_port
 from server.metrics import Metrics
 from server.places import Places
 from server.turns import Turns
+from server.upstream import Upstream
 from server.vitals import Finding, Patience, Vitals
 from tiers.catalog import ModelShape
 from tiers.engine import Backend, engine_command
@@ -90,7 +89,7 @@ class Replica:
         self.turns = turns
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
-        self._places = Places(metrics.running.labels(tier.name))
+        self._places = Places()
         self._vitals = Vitals(patience or Patience())
         self._probation: asyncio.Task[None] | None = None
         self._last_start_s = GUESSED_START_S
@@ -185,28 +184,32 @@ class Replica:
             self.turns.close()
         await self._end_engine()
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[aiohttp.ClientSession]:
+    def slot(self) -> AbstractAsyncContextManager[Upstream]:
         """A place for one request on this engine, which is woken if it sleeps, and the way to it.
 
         Raises:
             TierUnavailable: the engine is not ready.
             TierNotVerified: it was refused.
-            TimeoutError: out of the block, when the engine is taken away meanwhile.
+            BrokenOff: out of the block, when the engine is taken away meanwhile.
         """
         if not self.takes_requests:
             raise self.unavailable()
+        return self._slot_in_turn(self.turns) if self.turns else self._slot_now()
+
+    def _slot_now(self) -> AbstractAsyncContextManager[Upstream]:
+        if self.state is not State.READY or self._engine is None:
+            raise self.unavailable()
+        return self._places.take(self._engine.upstream)
+
+    @asynccontextmanager
+    async def _slot_in_turn(self, turns: Turns) -> AsyncIterator[Upstream]:
         async with AsyncExitStack() as turn:
-            if self.turns:
-                turn.enter_context(self._places.count())
-                try:
-                    await turn.enter_async_context(self.turns.awake(self))
-                except EngineNotStarted as error:
-                    raise self.unavailable() from error
-            if self.state is not State.READY or self._engine is None:
-                raise self.unavailable()
-            await turn.enter_async_context(self._places.take())
-            yield self._engine.session
+            turn.enter_context(self._places.count())
+            try:
+                await turn.enter_async_context(turns.awake(self))
+            except EngineNotStarted as error:
+                raise self.unavailable() from error
+            yield await turn.enter_async_context(self._slot_now())
 
     async def sleep(self) -> None:
         """Give the GPU's memory back until `wake`; an engine that cannot is ended, and started again."""

@@ -68,7 +68,7 @@ class FakeEngineReplica(Replica):
         """Have so many more requests."""
         async with AsyncExitStack() as stack:
             for _ in range(requests):
-                await stack.enter_async_context(self._places.take())
+                await stack.enter_async_context(self._places.take(None))
             yield
 
     def take_turns(self, turns: Turns) -> None:
