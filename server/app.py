@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from server.admission import Admission
 from server.config import Config
 from server.errors import FieldRefused, Refusal, envelope
-from server.exchange import Receive, Reply, Scope, Send
+from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
 from server.fleet import Fleet
 from server.health import OPEN_PATHS, health_router
 from server.keys import Keys
@@ -125,7 +125,7 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(scope["headers"])
-        reply = Reply(send, request_id)
+        reply = Reply(send, scope["extensions"][WHEN_GONE], request_id)
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, cast
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from server.cycle import Cycle
 from server.errors import Refusal, RetryLater, envelope
 from server.line import LINGER_S, Line
 from server.request_id import request_id_of
@@ -124,7 +125,7 @@ class Connection(HttpToolsProtocol):
         self._held = 0
         self._keep_alive = False
         # The cycle that writes; uvicorn's own `cycle` is the one that was read last.
-        self._answering: RequestResponseCycle | None = None
+        self._answering: Cycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Somebody is there, and has so long to say what they want."""
@@ -143,7 +144,8 @@ class Connection(HttpToolsProtocol):
         self._line.lost()
         self._set_no_deadline()
         self._unset_keepalive_if_required()
-        self._abandon()
+        if self._answering:
+            self._answering.abandon()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -202,11 +204,12 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             self._stop(MalformedRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
         super().on_headers_complete()
+        cycle = Cycle.of(self.cycle)
         self.headers = []  # those that follow a chunked body are no headers of the request
         self._in_head = False
         self._set_no_deadline()
         if not self.pipeline:
-            self._answering = self.cycle
+            self._answering = cycle
         elif len(self.pipeline) < MOST_PIPELINED // 2:
             self.flow.resume_reading()  # else nobody would see the caller leave
         # Until its body has been read to the end: an answer before that is the last one, and says so.
@@ -234,7 +237,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The next of those that wait is answered."""
         if self.pipeline:
-            self._answering = self.pipeline[-1][0]
+            self._answering = cast(Cycle, self.pipeline[-1][0])
         super().on_response_complete()
 
     def shutdown(self) -> None:
@@ -270,16 +273,10 @@ class Connection(HttpToolsProtocol):
         under_way = answering and not answering.response_complete and answering.response_started
         if not under_way and not self.pipeline:
             self._write(refusal)
-        self._abandon()
+        if answering:
+            answering.abandon()
         self._line.unread = wait
         self._line.close()
-
-    def _abandon(self) -> None:
-        """Let whoever works for this caller know that nobody will read it."""
-        if self._answering and not self._answering.response_complete:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
-            self.flow.resume_writing()
 
     def _write(self, refusal: Refusal) -> None:
         body = envelope(refusal)

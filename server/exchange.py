@@ -12,6 +12,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+Tell = Callable[[], None]
+
+WHEN_GONE = "assay.when_gone"
+"""An extension of ASGI by `server.cycle`: given a function, it calls that once the caller has left.
+
+ASGI's own way is a task for each request that waits for a message, and mostly has to be cancelled.
+"""
 
 _EVENTS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -28,11 +35,14 @@ class ClientLeft(Exception):
 class Reply:
     """The answer to one caller.
 
-    Remembers its status once it has begun, for then an error can only be an event, and when its body began.
+    Knows when they leave. Remembers its status once it has begun, for then an error can only be an event, and when
+    its body began.
     """
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, when_gone: Callable[[Tell], None], request_id: str) -> None:
         self._send = send
+        self.when_gone = when_gone
+        """Given a function, calls it once there is nobody left to answer."""
         self.request_id = request_id
         self.request_began = time.monotonic()
         self.headers: Headers = [(b"x-request-id", request_id.encode())]
@@ -48,7 +58,9 @@ class Reply:
         """Send the status and all headers."""
         self.status = status
         all_headers = [*self.headers, self._processing_ms(), *headers]
-        await self._write({"type": "http.response.start", "status": status, "headers": all_headers})
+        self.is_blocked = True
+        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
+        self.is_blocked = False
 
     def _processing_ms(self) -> tuple[bytes, bytes]:
         return b"openai-processing-ms", b"%d" % ((time.monotonic() - self.request_began) * 1000)
@@ -71,17 +83,14 @@ class Reply:
         """Send a part of the body; waits while the caller reads more slowly than the engine writes."""
         self.body_began = self.body_began or time.monotonic()
         self.has_ended = not more
-        await self._write({"type": "http.response.body", "body": body, "more_body": more})
+        self.is_blocked = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self.is_blocked = False
 
     async def comment(self) -> None:
         """Send what every client skips, so that nobody between takes the connection for dead."""
         await self.begin_events()
         await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
-
-    async def _write(self, message: Message) -> None:
-        self.is_blocked = True
-        await self._send(message)
-        self.is_blocked = False
 
     async def whole(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Send a complete JSON answer."""

@@ -153,7 +153,8 @@ async def _copy_events(
         if passed:
             # Only now: the status of a stream comes before its engine has done anything.
             replica.answered()
-            await reply.begin_events()
+            if reply.status is None:
+                await reply.begin_events()
             await reply.send(passed)
         if events.failure is not None:
             _hold_against(replica, events.failure, errand)

@@ -149,7 +149,7 @@ class Endpoint:
                 self._hold_to_tier(call, pool, key)
                 reply.headers += self._tier_headers[pool]
                 try:
-                    async with Watch(receive, reply, self._limits, began, streams=call.streams) as watch:
+                    with Watch(reply, self._limits, began, streams=call.streams) as watch:
                         await self._answer(call, body, pool, reply, watch, account, key)
                 except Refusal:
                     if reply.body_began is None:

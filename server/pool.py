@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable
 
 from server.errors import Refusal, TierUnavailable
 from server.metrics import Metrics
-from server.replica import Replica, State
+from server.replica import Replica
+from server.state import State
 from tiers.tier import Tier
 from tiers.verification import VerifiedPrecision
 

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from enum import StrEnum
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
@@ -16,6 +15,7 @@ from server.errors import Refusal, TierNotVerified, TierUnavailable
 from server.launch.local import free_port
 from server.metrics import Metrics
 from server.places import Places
+from server.state import UP, State
 from server.turns import Turns
 from server.upstream import Upstream
 from server.vitals import Finding, Patience, Vitals
@@ -32,23 +32,6 @@ WATCH_S = 2.0
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 GUESSED_START_S = 60.0
-
-
-class State(StrEnum):
-    """Where a replica is in its life."""
-
-    STARTING = "starting"
-    WARMING_UP = "warming up"
-    READY = "ready"
-    ASLEEP = "asleep"
-    SUSPENDED = "suspended"
-    RESTARTING = "restarting"
-    REFUSED = "refused"
-    STOPPED = "stopped"
-
-
-UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED})
-"""Those in which there is an engine to watch."""
 
 
 class Replica:

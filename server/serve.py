@@ -5,31 +5,27 @@ started is ended before this returns.
 """
 
 import asyncio
-import ipaddress
+import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
-import uvicorn
-
-from server.app import Gateway, build_app
+from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
-from server.connections import ConnectionLimits, connection_class, room_for
+from server.connections import room_for
 from server.engine import PrecisionRefused
 from server.fleet import Fleet
 from server.keys import Keys
-from server.launch.local import GRACE_S
-from server.line import notice_the_gone
+from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
 from server.replica import Replica
 from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
-from tiers.errors import AssayError, ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
 from tiers.plan import TierPlan
@@ -37,21 +33,8 @@ from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
 
-LAST_WORDS_S = 5.0
-"""After the engines are gone: for the error events of the streams they broke off to reach their callers."""
-
-
-class PortTaken(AssayError):
-    """The address to listen on cannot be had."""
-
-
-class Server(uvicorn.Server):
-    """uvicorn without signal handlers: signals end the fleet first, which is `serve`'s to decide."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
-        yield
+COLLECT_AFTER = (20_000, 20, 50)
+"""Objects, and rounds of the generation before: Python's own numbers are for programs with less to do."""
 
 
 class Stop:
@@ -109,43 +92,6 @@ def _with_room(config: Config) -> Config:
             config.max_connections,
         )
     return config.model_copy(update={"max_connections": room})
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """The socket the gateway will answer on; taken first, so that a port in use is found before any work.
-
-    Raises:
-        PortTaken: somebody has it, or the address is not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    notice_the_gone(listener)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)  # at once: until then somebody else could bind it too
-    except OSError as error:
-        listener.close()
-        raise PortTaken(
-            f"{host}:{port} cannot be had ({error.strerror}): stop what uses it or choose another by --port."
-        ) from error
-    return listener
-
-
-def check_reach(listener: socket.socket, keys: Keys) -> None:
-    """Without keys nobody but this machine may reach the gateway.
-
-    The address is the one that was bound, which is what a name such as localhost came to.
-
-    Raises:
-        ConfigError: others can reach it, and it would answer anybody.
-    """
-    host = listener.getsockname()[0]
-    if not (keys.required or ipaddress.ip_address(host).is_loopback):
-        raise ConfigError(
-            f"On {host} others can reach this server, and without keys it would answer anybody: run `assay keys "
-            "add NAME` first, or listen on 127.0.0.1."
-        )
 
 
 async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: bool) -> tuple[Fleet, Metrics]:
@@ -220,6 +166,7 @@ async def _run(
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
     server = http_server(build_app(config, fleet, keys, metrics), config, metrics)
+    spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
         ending.push_async_callback(_stop_gateway, server, gateway)
@@ -228,35 +175,21 @@ async def _run(
         if not await _unless_asked(stop, starting):
             return
         fleet.watch()
-        announce(fleet, _url_of(listener), keys)
+        announce(fleet, url_of(listener), keys)
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()
         await _drain(config, fleet, server, stop)
 
 
-def http_server(app: Gateway, config: Config, metrics: Metrics) -> Server:
-    """What speaks HTTP in front of ``app``."""
-    limits = ConnectionLimits(config.header_timeout_s, config.keep_alive_s, config.max_connections)
-    return Server(
-        uvicorn.Config(
-            app,
-            loop="uvloop",
-            http=connection_class(limits, lambda refusal: metrics.connections_refused.labels(refusal.code).inc()),
-            ws="none",
-            proxy_headers=False,  # nothing here asks who the caller's address belongs to
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(config.drain_timeout_s + GRACE_S + LAST_WORDS_S),
-        )
-    )
+def spare_the_collector() -> None:
+    """Have the garbage collector look at what requests leave, and not, again and again, at all that is loaded.
 
-
-def _url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    A pass over everything takes some ten milliseconds, in which nobody is answered.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_AFTER)
 
 
 async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from server.errors import FirstTokenLate, NextTokenLate, Refusal, RequestTooLong
-from server.exchange import ClientLeft, Receive, Reply
+from server.exchange import ClientLeft, Reply
 
 HEARTBEAT_S = 15.0
 
@@ -43,8 +43,7 @@ class Watch:
         FirstTokenLate, NextTokenLate, RequestTooLong: a limit.
     """
 
-    def __init__(self, receive: Receive, reply: Reply, limits: TimeLimits, began: float, *, streams: bool) -> None:
-        self._receive = receive
+    def __init__(self, reply: Reply, limits: TimeLimits, began: float, *, streams: bool) -> None:
         self._reply = reply
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -55,7 +54,6 @@ class Watch:
         self._blocked_since: float | None = None
         self._reason: Exception | None = None
         self._task: asyncio.Task[object] | None = None
-        self._leaving: asyncio.Task[None] | None = None
         self._comment: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -63,28 +61,24 @@ class Watch:
         """The engine has sent something."""
         self._heard = self._sent = time.monotonic()
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         self._task = asyncio.current_task()
-        self._leaving = asyncio.create_task(self._until_client_leaves())
+        self._reply.when_gone(self._client_left)
         self._set()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._task is not None
-        assert self._leaving is not None
-        self._leaving.cancel()
+        task, self._task = self._task, None
         if self._timer:
             self._timer.cancel()
         if self._comment:
             self._comment.cancel()
-        if self._reason and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+        if self._reason and task and task.uncancel() == 0 and kind is asyncio.CancelledError:
             raise self._reason from None
 
-    async def _until_client_leaves(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _client_left(self) -> None:
         self._interrupt(ClientLeft())
 
     def _interrupt(self, reason: Exception) -> None:

@@ -17,11 +17,13 @@ from server.config import Config
 from server.engine import Engine
 from server.fleet import Fleet
 from server.keys import Keys
+from server.listener import http_server, listening_socket
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
-from server.replica import Replica, State
-from server.serve import http_server, listening_socket
+from server.replica import Replica
+from server.serve import spare_the_collector
+from server.state import State
 from tiers.manifest import Manifest
 from tiers.tier import Tier
 
@@ -81,6 +83,7 @@ async def main() -> None:
     config = Config(home=options.home, port=options.port)
     with listening_socket(config.host, config.port) as listener:
         metrics = Metrics()
+        spare_the_collector()
         await http_server(app_of(config, metrics, options.upstream), config, metrics).serve([listener])
 
 

@@ -19,13 +19,15 @@ from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config, ModelConfig, TierConfig
 from server.engine import Engine
+from server.exchange import WHEN_GONE, Tell
 from server.fleet import Fleet
 from server.keys import Keys
 from server.launch.local import LocalProcess
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
-from server.replica import Replica, State
+from server.replica import Replica
+from server.state import State
 from server.turns import Turns
 from server.vitals import Patience, Vitals
 from tiers.catalog import ModelShape
@@ -146,6 +148,14 @@ class Gateway:
             await (leave_after or asyncio.Event()).wait()
             return {"type": "http.disconnect"}
 
+        async def call_after(event: asyncio.Event, tell: Tell) -> None:
+            await event.wait()
+            tell()
+
+        def when_gone(tell: Tell) -> None:
+            if leave_after:
+                leaving.append(asyncio.create_task(call_after(leave_after, tell)))
+
         async def send(message: Any) -> None:
             answer.messages.append(dict(message))
             await asyncio.sleep(read_slowly_s)
@@ -164,8 +174,12 @@ class Gateway:
             "server": ("127.0.0.1", 80),
             "client": ("127.0.0.1", 1),
             "root_path": "",
+            "extensions": {WHEN_GONE: when_gone},
         }
+        leaving: list[asyncio.Task[None]] = []
         await asyncio.wait_for(self.app(scope, receive, send), 20)
+        for task in leaving:
+            task.cancel()
         return answer
 
     async def read_back(self, shape: ModelShape) -> None:

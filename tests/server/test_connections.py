@@ -18,8 +18,8 @@ import uvicorn
 from server import line
 from server.connections import MOST_HEAD_BYTES, MOST_PIPELINED, ConnectionLimits, connection_class, room_for
 from server.errors import BodyTooLarge, Refusal
-from server.exchange import ClientLeft, Reply, read_body
-from server.serve import Server, listening_socket
+from server.exchange import WHEN_GONE, ClientLeft, Reply, read_body
+from server.listener import Server, listening_socket
 from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
 
@@ -43,7 +43,7 @@ class App:
         self.begun.set()
         self.path = scope["path"]
         self.headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
-        reply = Reply(send, "req-1")
+        reply = Reply(send, scope["extensions"][WHEN_GONE], "req-1")
         try:
             await self._answer(scope["path"], reply, receive)
         except Refusal as refusal:

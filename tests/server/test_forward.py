@@ -6,7 +6,7 @@ import json
 import pytest
 from aiohttp import web
 
-from server.replica import State
+from server.state import State
 from tests.server.conftest import Answer, Gateway
 from tiers.errors import CheckpointError
 from tiers.manifest import describe_files

@@ -22,9 +22,9 @@ from server.console import welcome
 from server.errors import KeyInvalid, KeyMissing, Refusal, envelope
 from server.fleet import Fleet
 from server.keys import LOOK_EVERY_S, Key, KeyFile, Keys
+from server.listener import check_reach, listening_socket
 from server.metrics import Metrics
 from server.pool import Pool
-from server.serve import check_reach, listening_socket
 from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
 

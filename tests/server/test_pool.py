@@ -16,8 +16,8 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.pool import Pool
 from server.progress import Steps
-from server.replica import State
 from server.serve import _prepare
+from server.state import State
 from server.tables import tiers_table
 from server.turns import Turns
 from tests.server.conftest import Gateway, fake_replica

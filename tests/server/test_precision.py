@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from server.engine import EngineNotStarted, PrecisionRefused
-from server.replica import State
+from server.state import State
 from tests.server.conftest import Answer, Gateway
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading

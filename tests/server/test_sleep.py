@@ -5,7 +5,7 @@ import json
 
 from aiohttp import web
 
-from server.replica import State
+from server.state import State
 from server.turns import Turns
 from tests.server.conftest import Gateway
 from tests.server.test_turns import Bed, Memory

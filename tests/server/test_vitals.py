@@ -15,7 +15,7 @@ from aiohttp import web
 
 import server.vitals
 from server.launch.local import LocalProcess
-from server.replica import State
+from server.state import State
 from server.turns import Turns
 from server.vitals import Finding, Patience, Vitals
 from tests.server.conftest import Gateway
