@@ -151,7 +151,6 @@ async def _copy_events(
     reply.error_event = events.error
     pending = b""
     async for chunk in content.iter_any():
-        listener.heard()
         if pending:
             chunk = pending + chunk
         cut = chunk.rfind(b"\n\n") + 2
@@ -161,7 +160,8 @@ async def _copy_events(
         pending = chunk[cut:]
         passed = events.take(chunk[:cut])
         if passed:
-            # Only now: the status of a stream comes before its engine has done anything.
+            # Only now: a stream's status, and what opens a response, come before the engine has done anything.
+            listener.heard()
             replica.answered()
             await reply.begin_events()
             await reply.send(passed)
