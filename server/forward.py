@@ -36,6 +36,9 @@ class Format(Protocol):
     def form(self) -> str | None:
         """The field that says what form the answer is to have, if one does."""
 
+    def briefly(self, body: bytes) -> bytes | None:
+        """The body that asks for the least of the same, whole; None where a stream says itself what is refused."""
+
     def events(self) -> Events:
         """For an answer that comes as a stream."""
 
@@ -125,12 +128,33 @@ async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)
         if answer.content_type == "text/event-stream":
-            await _copy_events(answer.content, errand, replica, reply, listener)
+            try:
+                await _copy_events(answer.content, errand, replica, reply, listener)
+            except aiohttp.ClientError:
+                if reply.body_began is None:
+                    await _ask_briefly(engine, errand, replica)
+                raise
             return None
         body = errand.format.whole(await answer.read())
         if errand.format.generates:
             replica.answered()
         return body
+
+
+async def _ask_briefly(engine: aiohttp.ClientSession, errand: Errand, replica: Replica) -> None:
+    """Find out whether a stream that was cut before its first word was refused.
+
+    What vLLM 0.32 finds wrong once it has begun a response, it says only to those who do not stream it.
+
+    Raises:
+        EngineRefused: it was.
+        EngineBroke: the engine fails at this too.
+    """
+    if (body := errand.format.briefly(errand.body)) is None:
+        return
+    async with engine.post(errand.path, data=body, headers=errand.headers, allow_redirects=False) as answer:
+        if answer.status != 200:
+            await _refuse_like(answer, replica, errand)
 
 
 async def _count(replica: Replica, errand: Errand) -> int:
