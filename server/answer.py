@@ -94,7 +94,7 @@ class Events(Protocol):
     failure: Exception | None
     """What one of them said went wrong: `EngineBroke`, or `EngineRefused` with the request."""
     seen: int
-    """Events so far: most are a token."""
+    """Events given on so far: most are a token."""
 
     def take(self, events: bytes) -> bytes:
         """What the caller gets of these; nothing from a failure on."""
@@ -142,15 +142,21 @@ class TextEvents:
 
 
 class ResponseEvents:
-    """Streams of /v1/responses, whose last event carries the whole response."""
+    """Streams of /v1/responses, whose last event carries the whole response.
+
+    The first say only that there is one, and vLLM sends them before it has looked at all that is asked for. They
+    are held back until another follows, so that what it refuses only then can still be answered with the refusal.
+    """
 
     _ERROR = b"event: error\n"
     _WHOLE = re.compile(
         rb"^event: response\.(created|queued|in_progress|completed|incomplete|failed)$", re.MULTILINE
     )
     """Events with the whole response in them; all others pass as they are."""
+    _OPENING = re.compile(rb"(?:event: response\.(?:created|queued|in_progress)\ndata: [^\n]*\n\n)*")
 
     def __init__(self) -> None:
+        self._held = b""
         self.usage: Usage | None = None
         self.ended = False
         self.failure: Exception | None = None
@@ -159,11 +165,16 @@ class ResponseEvents:
     def take(self, events: bytes) -> bytes:
         if self._ERROR in events:
             events, self.failure = _split_at_failure(events, self._ERROR)
-        self.seen += events.count(b"\n\n")
         if self._WHOLE.search(events):
             with _reading("an event"):
                 each = (self._cleaned(event) for event in events.split(b"\n\n") if event)
                 events = b"".join(event + b"\n\n" for event in each)
+        if not self.seen:
+            self._held += events
+            if self._OPENING.fullmatch(self._held):
+                return b""
+            events = self._held
+        self.seen += events.count(b"\n\n")
         return events
 
     def error(self, refusal: Refusal) -> bytes:

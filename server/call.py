@@ -101,6 +101,10 @@ class Call(msgspec.Struct):
         changes = self.changes(caller, request_id)
         return edited(body, changes) if changes else body
 
+    def briefly(self, body: bytes) -> bytes | None:
+        """The body that asks for the least of the same, whole; None where a stream says itself what is refused."""
+        return None
+
     def changes(self, caller: str, request_id: str) -> dict[str, object]:
         """The fields that the engine gets otherwise, or, where UNSET, does not get."""
         changed: dict[str, object] = {}

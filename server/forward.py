@@ -15,7 +15,7 @@ from server.metrics import Metrics
 from server.places import BrokenOff
 from server.pool import Pool
 from server.replica import Replica
-from server.upstream import Connection, UpstreamBroke
+from server.upstream import Connection, Upstream, UpstreamBroke
 
 log = logging.getLogger("assay.forward")
 
@@ -35,6 +35,9 @@ class Format(Protocol):
     @property
     def form(self) -> str | None:
         """The field that says what form the answer is to have, if one does."""
+
+    def briefly(self, body: bytes) -> bytes | None:
+        """The body that asks for the least of the same, whole; None where a stream says itself what is refused."""
 
     def events(self) -> Events:
         """For an answer that comes as a stream."""
@@ -115,12 +118,33 @@ async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)
         if answer.content_type.startswith(b"text/event-stream"):
-            await _copy_events(answer, errand, replica, reply, listener)
+            try:
+                await _copy_events(answer, errand, replica, reply, listener)
+            except UpstreamBroke:
+                if reply.body_began is None:
+                    await _ask_briefly(upstream, errand, replica)
+                raise
             return None
         body = errand.format.whole(await answer.read())
         if errand.format.generates:
             replica.answered()
         return body
+
+
+async def _ask_briefly(upstream: Upstream, errand: Errand, replica: Replica) -> None:
+    """Find out whether a stream that was cut before its first word was refused.
+
+    What vLLM 0.32 finds wrong once it has begun a response, it says only to those who do not stream it.
+
+    Raises:
+        EngineRefused: it was.
+        EngineBroke: the engine fails at this too.
+    """
+    if (body := errand.format.briefly(errand.body)) is None:
+        return
+    async with upstream.post(errand.path, body, errand.request_id) as answer:
+        if answer.status != 200:
+            await _refuse_like(answer, replica, errand)
 
 
 async def _count(replica: Replica, errand: Errand) -> int:
@@ -141,7 +165,6 @@ async def _copy_events(
     reply.error_event = events.error
     pending = b""
     while chunk := await answer.part():
-        listener.heard()
         if pending:
             chunk = pending + chunk
         cut = chunk.rfind(b"\n\n") + 2
@@ -151,7 +174,8 @@ async def _copy_events(
         pending = chunk[cut:]
         passed = events.take(chunk[:cut])
         if passed:
-            # Only now: the status of a stream comes before its engine has done anything.
+            # Only now: a stream's status, and what opens a response, come before the engine has done anything.
+            listener.heard()
             replica.answered()
             if reply.status is None:
                 await reply.begin_events()

@@ -90,5 +90,6 @@ def http_server(app: Gateway, config: Config, metrics: Metrics) -> Server:
 
 
 def url_of(listener: socket.socket) -> str:
+    """How to reach it."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

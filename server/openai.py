@@ -101,6 +101,9 @@ class _Format:
     def form(self) -> str | None:
         return self._call.form
 
+    def briefly(self, body: bytes) -> bytes | None:
+        return self._call.briefly(body)
+
     def events(self) -> Events:
         if self._path.events is None:
             raise EngineBroke("it streams what cannot be streamed")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from server.call import NULL, Generation
+from server.call import NULL, Generation, edited
 from server.errors import FieldRefused
 from server.schema import check_depth, check_schema, check_schemas
 
@@ -154,6 +154,9 @@ class ResponsesCall(Generation):
         for number, item in enumerate(self.input if isinstance(self.input, list) else ()):
             _check_item(number, item)
         check_schemas("tools", [_tool(number, tool).parameters for number, tool in enumerate(self.tools or ())])
+
+    def briefly(self, body: bytes) -> bytes | None:
+        return edited(body, {"stream": False, "max_output_tokens": 1})
 
     def changes(self, caller: str, request_id: str) -> dict[str, object]:
         changed = super().changes(caller, request_id)

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -164,6 +165,32 @@ def test_what_breaks_a_plain_engine_is_refused_here(assay: Server) -> None:
     assert assay.metric("assay_engine_ejections_total", "Reference") == 0
 
 
+LATE: list[dict[str, Any]] = [
+    {"logit_bias": {"4000000000": 1}},
+    {"stop_token_ids": [4_000_000_000]},
+    {"structured_outputs": {"regex": "(["}},
+    {"structured_outputs": {"grammar": "root ::= ("}},
+    {"text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "string", "pattern": "(["}}}},
+    {"top_logprobs": 50, "include": ["message.output_text.logprobs"]},
+]
+"""What vLLM 0.32 refuses only after it has begun to stream the response, whose connection it then cuts."""
+
+
+@pytest.mark.parametrize("body", LATE, ids=lambda body: next(iter(body)))
+def test_what_the_engine_refuses_late_is_refused_alike_whether_streamed_or_not(
+    assay: Server, body: dict[str, Any]
+) -> None:
+    broken = assay.metric("assay_streams_broken_total", "Reference")
+    whole, streamed = (post(assay, RESPONSES, body | {"stream": stream}) for stream in (False, True))
+    assert (whole.status_code, streamed.status_code) == (400, 400), streamed.text
+    assert streamed.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert streamed.json()["error"]["param"] == whole.json()["error"]["param"]
+    with pytest.raises(openai.BadRequestError):
+        assay.client().responses.create(model=MODEL, input="Hello.", stream=True, extra_body=body)
+    assert assay.metric("assay_engine_ejections_total", "Reference") == 0
+    assert assay.metric("assay_streams_broken_total", "Reference") == broken
+
+
 SECRET = "pr0mpt-mark"
 """What no log may hold."""
 FORGED = f"{SECRET}\r\n\x1b[31m2026-01-01 ERROR {SECRET}\x07\x85\u2028"
@@ -240,6 +267,7 @@ def forgeries() -> Iterator[tuple[str, dict[str, Any]]]:
         yield CHAT, {"tools": [{"type": "function", "function": function}]}
         yield TEXT, {"structured_outputs": {"json": each}, "stream": True}
         yield RESPONSES, {"text": {"format": {"type": "json_schema", "name": FORGED, "schema": each}}}
+        yield RESPONSES, {"structured_outputs": {"json": each}, "stream": True}
         yield RESPONSES, {"tools": [{"type": "function"} | function]}
 
 

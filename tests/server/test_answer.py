@@ -206,21 +206,33 @@ def test_a_response_that_the_limit_cut_ends_as_incomplete() -> None:
     assert stream.usage == Usage(prompt=33, answer=8, cached=16)
 
 
-def test_a_response_that_has_only_begun_has_not_ended() -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_what_opens_a_response_waits_for_what_follows(together: bool) -> None:
     stream = ResponseEvents()
     begun = RESPONSE | {"status": "in_progress", "usage": None}
-    events = stream.take(
-        _event("response.created", response=begun) + _event("response.in_progress", response=begun)
-    )
+    opening = [_event("response.created", response=begun), _event("response.in_progress", response=begun)]
+    assert [stream.take(part) for part in ([b"".join(opening)] if together else opening)][-1] == b""
+    assert (stream.seen, stream.ended) == (0, False)
+    delta = _event("response.output_text.delta", sequence_number=2, delta="a")
+    events = stream.take(delta)
     assert events.startswith(b"event: response.created\n")
     assert b"event: response.in_progress\n" in events
     assert b"kv_transfer_params" not in events
-    assert not stream.ended
+    assert events.endswith(delta)
+    assert (stream.seen, stream.ended) == (3, False)
+    assert stream.take(delta) == delta
+
+
+def test_of_a_response_that_fails_before_it_says_anything_nothing_is_given_on() -> None:
+    stream = ResponseEvents()
+    assert stream.take(_event("response.created", response=RESPONSE | {"status": "in_progress"})) == b""
+    assert stream.take(_event("error", error={"message": "no", "code": 400})) == b""
+    assert isinstance(stream.failure, EngineRefused)
 
 
 def test_an_error_in_a_response_is_openais_event_with_the_envelope() -> None:
     stream = ResponseEvents()
-    stream.take(_event("response.created", response=RESPONSE | {"status": "in_progress"}))
+    stream.take(_event("response.output_text.delta", sequence_number=0, delta="a"))
     head, _, data = stream.error(EngineFailed("It broke.")).partition(b"\ndata: ")
     fields = json.loads(data)
     assert head == b"event: error"

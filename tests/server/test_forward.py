@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from server.state import State
-from tests.server.conftest import Answer, Gateway
+from tests.server.conftest import Answer, Gateway, Handler
 from tiers.errors import CheckpointError
 from tiers.manifest import describe_files
 
@@ -129,6 +129,53 @@ async def test_what_is_neither_an_answer_nor_a_refusal_is_the_engines_failure(
     gateway.handler = handler
     answer = await gateway.post()
     assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
+
+
+OPENING = b'event: response.created\ndata: {"response":{"status":"in_progress"}}\n\n'
+DELTA = b'event: response.output_text.delta\ndata: {"delta":"a"}\n\n'
+RESPONSE = {"model": "SmolLM2-135M-Instruct", "input": "Hi", "stream": True, "max_output_tokens": 500, "top_k": 1}
+
+
+async def ask_for_a_response(gateway: Gateway, *said: bytes, then: web.Response) -> Answer:
+    """A streamed one, of an engine that says this and cuts the connection; ``then`` is its next answer."""
+    cut: Handler = streams(*said, then_cut=True)  # type: ignore[assignment]
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await cut(request) if len(gateway.seen) == 1 else then
+
+    gateway.handler = handler
+    return await gateway.post(json.dumps(RESPONSE).encode(), path="/v1/responses")
+
+
+REFUSED = b'{"error":{"message":"top_k is odd","type":"BadRequestError","param":"top_k","code":400}}'
+
+
+async def test_a_response_that_the_engine_refuses_by_cutting_its_stream_is_refused(gateway: Gateway) -> None:
+    answer = await ask_for_a_response(gateway, OPENING, then=web.Response(status=400, body=REFUSED))
+    assert (answer.status, error_of(answer)["message"]) == (400, "top_k is odd")
+    streamed, brief = (json.loads(body) for body in gateway.bodies)
+    assert brief == streamed | {"stream": False, "max_output_tokens": 1}
+    assert gateway.metric("assay_streams_broken_total") == 0
+
+
+async def test_a_response_that_is_cut_without_being_refused_has_failed(gateway: Gateway) -> None:
+    answer = await ask_for_a_response(gateway, OPENING, then=web.json_response({"status": "completed"}))
+    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+
+
+async def test_a_chat_that_is_cut_is_not_asked_for_again(gateway: Gateway) -> None:
+    gateway.handler = streams(CHUNK[:11], then_cut=True)  # type: ignore[assignment]
+    answer = await gateway.post(STREAM)
+    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
+
+
+async def test_a_response_that_is_cut_once_it_says_something_is_not_asked_for_again(gateway: Gateway) -> None:
+    answer = await ask_for_a_response(gateway, OPENING, DELTA, then=web.Response(status=400, body=REFUSED))
+    assert answer.status == 200
+    assert answer.body.startswith(b"event: response.created\n")
+    assert b"engine_failed" in answer.body
     assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
 
 

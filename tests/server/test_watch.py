@@ -44,6 +44,15 @@ async def test_a_first_token_that_does_not_come_is_its_own_error(tmp_path: Path)
     assert gateway.metric("assay_requests_running") == 0
 
 
+async def test_what_opens_a_response_is_not_its_first_token(tmp_path: Path) -> None:
+    opening = b'event: response.created\ndata: {"response":{"status":"in_progress"}}\n\n'
+    async with running_gateway(tmp_path, first_token_timeout_s=0.1) as gateway:
+        gateway.handler = pausing(opening, 5.0)
+        body = b'{"model":"SmolLM2-135M-Instruct","input":"Hi","stream":true}'
+        answer = await gateway.post(body, path="/v1/responses")
+    assert (answer.status, code_of(answer)) == (504, "first_token_timeout")
+
+
 async def test_a_stream_that_stands_still_ends_with_its_own_error_event(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, token_timeout_s=0.15, first_token_timeout_s=0.1) as gateway:
         gateway.handler = pausing(CHUNK, 0.1, CHUNK, 0.1, CHUNK, 5.0, CHUNK)
