@@ -131,7 +131,10 @@ def tiers_router(fleet: Fleet, routes: Routes) -> APIRouter:
 
     @router.get("/v1/tiers")
     async def list_tiers() -> TierList:
-        """What every tier declares, what was verified of it, and how it fares."""
+        """What every tier declares, what was verified of it, and how it fares.
+
+        Whichever of them the caller's key may use: a proof is for everybody.
+        """
         return TierList(data=[TierInfo.of(pool) for pool in fleet.pools])
 
     @router.get("/v1/tiers/{model:path}")

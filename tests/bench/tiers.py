@@ -9,6 +9,7 @@ API gives and the rest as one outcome (kernels.divergence.kl_lower_bound), with 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -45,6 +46,8 @@ PROMPTS = (
 TOKENS = 96
 REPEATS = 3
 TOP = 20
+KEY = os.environ.get("ASSAY_API_KEY", "unused")
+"""As `assay tiers` takes it."""
 
 Logprobs = list[dict[str, float]]
 
@@ -53,7 +56,7 @@ class Bench:
     """One server, asked through the official client."""
 
     def __init__(self, url: str, model: str, *, quick: bool) -> None:
-        self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=600)
+        self._client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=600)
         self._model = model
         self._prompts = PROMPTS[:2] if quick else PROMPTS
         self._tokens = TOKENS // 8 if quick else TOKENS
@@ -125,7 +128,7 @@ def same_top(reference: list[Logprobs], tier: list[Logprobs]) -> float:
 
 def measure(url: str, model: str | None, *, quick: bool) -> list[dict[str, Any]]:
     """One row a tier."""
-    tiers = openai.OpenAI(base_url=url, api_key="unused").get("/v1/tiers", cast_to=object)
+    tiers = openai.OpenAI(base_url=url, api_key=KEY).get("/v1/tiers", cast_to=object)
     assert isinstance(tiers, dict)
     model = model or tiers["data"][0]["model"]
     rows = [tier for tier in tiers["data"] if tier["model"] == model]

@@ -186,7 +186,8 @@ def test_beyond_the_queue_everybody_is_told_at_once_and_nobody_is_lost(limited: 
     for answer in refused:
         assert answer.json()["error"]["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.elapsed.total_seconds() < min(1, took)
+        assert int(answer.headers["openai-processing-ms"]) < 1000, "by the server's own clock"
+        assert answer.elapsed.total_seconds() < took / 2, "and long before the others were served"
     assert limited.metric("assay_requests_waiting", "Reference") == 0
     assert limited.running_in_engine("Reference") == 0
 
