@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from tests import tiny_llama
-
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def llama_folder() -> Path:
     """The tiny model, made once for all runs."""
+    from tests import tiny_llama  # brings PyTorch, for which tests without a model need not wait
+
     return tiny_llama.model_folder(ROOT / ".assay" / "test-models")
 
 
