@@ -151,11 +151,11 @@ async def test_a_chunk_that_comes_while_a_probe_waits_is_a_sign(gateway: Gateway
 
 async def test_a_pause_of_the_gateway_itself_is_no_silence_of_the_engine(gateway: Gateway) -> None:
     async def slowly() -> web.StreamResponse:
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.2)  # this engine goes on meanwhile
         await asyncio.sleep(0.12)
         return await at_once()
 
     gateway.handler = engine_that(slowly)
-    asyncio.get_running_loop().call_later(0.01, time.sleep, 0.3)
     assert await Vitals(SOON).probe(gateway.replica.engine, "m") is Finding.WORKS
 
 
