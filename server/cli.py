@@ -20,7 +20,6 @@ from server.fleet import Fleet
 from server.keys import Keys
 from server.keys_cli import keys_app
 from server.progress import Steps
-from server.serve import serve as run_server
 from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend
@@ -63,6 +62,8 @@ def serve(
 
     Example: assay serve --config deploy/llama-3.1-8b.yaml
     """
+    from server.serve import serve as run_server  # a web framework, for which no other command need wait
+
     log_to(err)
     settings = load_config(config, host=host, port=port)
     steps = Steps(err)

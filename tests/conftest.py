@@ -1,18 +1,24 @@
 """What tests of every folder use."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import tiny_llama
-
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what was imported, which stays: pytest calls it five times at its end, for seconds."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def llama_folder() -> Path:
     """The tiny model, made once for all runs."""
+    from tests import tiny_llama  # brings PyTorch, for which tests without a model need not wait
+
     return tiny_llama.model_folder(ROOT / ".assay" / "test-models")
 
 

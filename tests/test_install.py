@@ -30,7 +30,16 @@ def gateway(install: ModuleType, folder: Path, *, backend: str = "cpu", dev: boo
     return replace(install.environments(backend, dev=dev)[0], folder=folder)
 
 
-def test_an_interrupted_environment_is_made_again(install: ModuleType, tmp_path: Path) -> None:
+def test_an_interrupted_environment_is_made_again(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+
+    def without_pip(command: list[Any], **options: Any) -> Any:
+        """Which is what takes seconds."""
+        return run([*command, "--without-pip"], **options)
+
+    monkeypatch.setattr(install.subprocess, "run", without_pip)
     folder = tmp_path / "venv"
     (folder / "lib").mkdir(parents=True)
     (folder / "lib" / "half-a-package").touch()

