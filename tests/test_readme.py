@@ -13,6 +13,7 @@ RUN_BY = {
     "make test": ".ci/run::make test",
     "make bench-recipes": "tests/engines/test_2_metadata.py::test_a_recipe_is_measured",
     "make bench-gateway": "tests/engines/test_5_bench.py::test_the_bench_of_gateways_measures_ours",
+    "make bench-throughput": "tests/engines/test_5_bench.py::test_the_bench_of_throughput_measures_both_ways",
     "make bench": "tests/engines/test_2_metadata.py::test_the_bench_measures_three_tiers",
     "curl http://127.0.0.1:8000/v1/chat/completions": (
         "tests/engines/test_2_metadata.py::test_the_readmes_curl_runs"

@@ -71,10 +71,10 @@ class Server:
         except OSError:
             return False
 
-    def engine(self, tier: str) -> list[psutil.Process]:
-        """The processes of the engine of the embedded model's tier, its API server first."""
+    def engine(self, tier: str, model: str = MODEL) -> list[psutil.Process]:
+        """The processes of the engine of a model's tier, its API server first."""
         for tether in psutil.Process(self.process.pid).children():
-            if f"{MODEL}-{tier}" in tether.cmdline():
+            if f"{model}-{tier}" in tether.cmdline():
                 return tether.children(recursive=True)
         raise LookupError(f"no engine of {tier} runs")
 

@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 import httpx
+import jiter
 import openai
 import pytest
 
@@ -144,14 +145,12 @@ def test_an_answer_is_json_when_it_is_asked_to_be(assay: Server) -> None:
     answer = assay.client().chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Give me a JSON object with one short field."}],
-        max_tokens=1000,
+        max_tokens=48,
         temperature=0,
         response_format={"type": "json_object"},
     )
     content = answer.choices[0].message.content or ""
-    assert content.lstrip().startswith("{")
-    if answer.choices[0].finish_reason == "stop":
-        json.loads(content)
+    assert isinstance(jiter.from_json(content.encode(), partial_mode="trailing-strings"), dict)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -160,6 +160,7 @@ def test_the_bench_measures_three_tiers(assay: Server) -> None:
     assert rows["Turbo"]["kl_at_least"] < rows["Lite"]["kl_at_least"]
 
 
+@pytest.mark.slow
 def test_a_recipe_is_measured() -> None:
     done = subprocess.run(
         ["make", "--silent", "bench-recipes", "ARGS=--quick --json --only 'FP8 MLP*'"],

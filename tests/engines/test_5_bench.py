@@ -1,4 +1,4 @@
-"""The bench of gateways runs and measures; what it measures is no test."""
+"""The benches of the gateway run and measure; what they measure is no test."""
 
 import json
 import subprocess
@@ -30,3 +30,8 @@ def test_the_bench_of_gateways_measures_ours() -> None:
     assert ours["problem"] is None
     assert ours["medians"]["cpu_us_per_request_1"] > 0
     assert ours["medians"]["cpu_us_per_chunk"] > 0
+
+
+def test_the_bench_of_throughput_measures_both_ways() -> None:
+    measured = run("bench-throughput", "")
+    assert all(rate > 0 for way in ("direct", "gateway") for rate in measured["tokens_per_s"][way])
