@@ -1,0 +1,1 @@
+"""How far a running tier is from the reference: measured, judged, certified."""

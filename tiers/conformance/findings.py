@@ -1,0 +1,123 @@
+"""What the scores of a tier say, as a certificate states it and a report shows it. Plain data."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tiers.conformance.scores import Phase
+
+
+class Verdict(StrEnum):
+    """How a metric, a phase or a tier stands towards its budget."""
+
+    PASS = "PASS"  # noqa: S105  # no password
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Estimate(_Plain):
+    """A figure with its 95% interval, from a bootstrap over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Tails(_Plain):
+    """What a mean hides."""
+
+    median: float
+    p90: float
+    p99: float
+    p999: float
+    max: float
+
+
+class Metrics(_Plain):
+    """Of some of the tokens: all, those of one kind of prompt, of one language, of some positions."""
+
+    prompts: int
+    tokens: int
+    kl: Estimate
+    """Mean KL(p ‖ q) per token, nats."""
+    kl_tails: Tails
+    tv: Estimate
+    rejection: Estimate
+    """1 − top-1 agreement, a share of tokens."""
+    rms_delta_p: Estimate
+    """Root mean square of q(t) − p(t)."""
+    delta_nll: Estimate
+    """Mean of ln p(t) − ln q(t), nats: above 0 the tier finds the reference's own text less likely."""
+    perplexity: float
+    """Of the tier, over the reference's answers."""
+    perplexity_gap: Estimate
+    """The tier's perplexity less the reference's."""
+
+
+class Flips(_Plain):
+    """Where one of the two is right and the other is not; right is to hold the reference's token likeliest."""
+
+    right_to_wrong: int
+    wrong_to_right: int
+    p_value: float
+    """McNemar's exact test: how likely a difference as large is when neither direction is favoured."""
+
+
+class Judgement(_Plain):
+    """One metric held against its budget."""
+
+    metric: str
+    """A field of `Metrics`: kl, rejection, perplexity_gap, …"""
+    phase: Phase
+    estimate: Estimate
+    budget: float
+    verdict: Verdict
+    further_prompts: int | None = None
+    """Of an inconclusive one: about so many more would settle it; None when no number would."""
+
+
+class WorstToken(_Plain):
+    """One of the tokens where the two differ most, in its context."""
+
+    prompt_id: str
+    phase: Phase
+    position: int
+    before: str
+    """The text that the token follows, its end."""
+    token: str
+    """The reference's."""
+    top_q: str
+    """The tier's likeliest."""
+    kl: float
+    ln_p: float
+    ln_q: float
+
+
+class PhaseFindings(_Plain):
+    """One phase."""
+
+    overall: Metrics
+    flips: Flips
+    by_kind: dict[str, Metrics]
+    by_language: dict[str, Metrics]
+    by_position: dict[str, Metrics]
+    """By ranges of positions in the answer, such as 0–15, in their order."""
+    noise_floor: Metrics | None = None
+    """The same figures of the reference against itself."""
+
+
+class Findings(_Plain):
+    """A tier's."""
+
+    exact: bool
+    """Whether divergences are of the whole vocabulary; otherwise they are lower bounds."""
+    phases: dict[Phase, PhaseFindings]
+    judgements: list[Judgement]
+    verdict: Verdict
+    worst: list[WorstToken] = Field(default_factory=list)
+    seconds: float
+    """How long the measurement took."""
