@@ -57,12 +57,10 @@ class Scores:
         missing = [each.name for each in fields(cls) if each.name not in columns]
         if missing:
             raise ValueError(f"scores lack {', '.join(missing)}")
-        return cls(
-            **{
-                each.name: np.asarray(columns[each.name], _TYPES.get(each.name, np.float64))
-                for each in fields(cls)
-            }
-        )
+        given: dict[str, Any] = {}
+        for each in fields(cls):
+            given[each.name] = np.asarray(columns[each.name], _TYPES.get(each.name, np.float64))
+        return cls(**given)
 
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
