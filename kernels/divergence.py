@@ -1,7 +1,55 @@
 """How far one distribution over tokens is from another. PyTorch; positions are rows."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Comparison(NamedTuple):
+    """Two distributions at each of T positions; all [T]."""
+
+    kl: Tensor
+    """KL(p ‖ q), nats."""
+    tv: Tensor
+    """Total variation, ½ Σ |p − q|."""
+    ln_p: Tensor
+    """ln p of the given token."""
+    ln_q: Tensor
+    """ln q of it."""
+    top_p: Tensor
+    """The likeliest token under p; of several as likely, the first."""
+    top_q: Tensor
+    """Under q."""
+
+
+def compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Comparison:
+    """Everything that is asked about two distributions at each position.
+
+    Args:
+        p_logits: reference logits, [T, V], float32.
+        q_logits: tier logits, [T, V], float32.
+        tokens: the given token at each position, [T], int64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    kl = kl_divergence(p_logits, q_logits)
+    ln_p, ln_q = torch.log_softmax(p_logits.float(), dim=-1), torch.log_softmax(q_logits.float(), dim=-1)
+    given = tokens.unsqueeze(-1)
+    return Comparison(
+        kl=kl,
+        tv=(ln_p.exp() - ln_q.exp()).abs().sum(-1) / 2,
+        ln_p=ln_p.gather(-1, given).squeeze(-1),
+        ln_q=ln_q.gather(-1, given).squeeze(-1),
+        top_p=_first_maximum(p_logits),
+        top_q=_first_maximum(q_logits),
+    )
+
+
+def _first_maximum(logits: Tensor) -> Tensor:
+    # argmax does not promise which of several it returns, and logits in BF16 tie often.
+    return (logits == logits.max(dim=-1, keepdim=True).values).int().argmax(dim=-1)
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ READING_ROUTE = "/assay/reading"
 """Where an engine answers with a list of readings, one a worker."""
 SLEEP_ROUTE = "/assay/sleep"
 WAKE_ROUTE = "/assay/wake"
+SCORE_ROUTE = "/assay/score"
+"""Where an engine scores one sequence: a `Sequence` in, `Scored` out."""
 
 
 class LayerReading(BaseModel):

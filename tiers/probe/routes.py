@@ -7,9 +7,11 @@ holder of its key through.
 from argparse import Namespace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 
-from tiers.probe.reading import READING_ROUTE, SLEEP_ROUTE, WAKE_ROUTE
+from tiers.conformance.sequence import Scored, Sequence
+from tiers.probe.reading import READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE
+from tiers.probe.walk import WalkFailed, walk
 
 RPC_TIMEOUT_S = 60.0
 WEIGHTS_TO_RAM = 1
@@ -38,6 +40,13 @@ class ProbeRoutes:
         @app.post(WAKE_ROUTE)
         async def wake(request: Request) -> None:
             await request.app.state.assay_engine.wake_up()
+
+        @app.post(SCORE_ROUTE)
+        async def scored(request: Request, sequence: Sequence) -> Scored:
+            try:
+                return await walk(request.app.state.assay_engine, sequence)
+            except WalkFailed as failure:
+                raise HTTPException(409, str(failure)) from failure
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keep the way to the workers."""

@@ -7,6 +7,7 @@ Written against vLLM 0.32.0.
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm.platforms import current_platform
 
 from tiers.precision import NumberFormat, NumberType
 from tiers.probe.reading import AttentionReading, End, EngineReading, LayerReading
+from tiers.probe.scoring import Scorer
 
 _TYPES: dict[torch.dtype, NumberType] = {
     torch.bfloat16: "bf16",
@@ -58,6 +60,7 @@ class ProbeWorker:
     model_runner: Any
     vllm_config: Any
     rank: int
+    _assay_scorer: Scorer | None = None
 
     def assay_reading(self) -> dict[str, Any]:
         """This worker's `EngineReading`, as plain data."""
@@ -87,6 +90,35 @@ class ProbeWorker:
             environment_hash=_environment_hash(),
         )
         return reading.model_dump(mode="json")
+
+    # What follows must not raise: with several workers the answers of the others would be left lying, and taken
+    # for those to the next step.
+
+    def assay_score_begin(self, token: str, job: dict[str, Any]) -> dict[str, Any]:
+        """Watch for the request that carries ``token``; ``job`` is what `Scorer.begin` takes."""
+        return self._assay_guarded(lambda scorer: scorer.begin(token, **job))
+
+    def assay_score(self, token: str, most: int) -> dict[str, Any]:
+        """The numbers of up to ``most`` further tokens."""
+        return self._assay_guarded(lambda scorer: scorer.score(token, most))
+
+    def assay_score_save(self, token: str, path: str) -> dict[str, Any]:
+        """Write the hidden states that came into a file."""
+        return self._assay_guarded(lambda scorer: scorer.save_hidden(token, path))
+
+    def assay_score_end(self, token: str) -> dict[str, Any]:
+        """Forget the sequence."""
+        return self._assay_guarded(lambda scorer: scorer.end(token))
+
+    def _assay_guarded(self, work: Callable[[Scorer], dict[str, Any] | None]) -> dict[str, Any]:
+        try:
+            if self._assay_scorer is None:
+                is_v2 = bool(getattr(self, "use_v2_model_runner", False))
+                self._assay_scorer = Scorer(self.model_runner, self.vllm_config, is_v2=is_v2)
+            answer = work(self._assay_scorer) or {}
+            return answer | {"answers": self._assay_scorer.answers}
+        except Exception as error:  # see above
+            return {"problem": str(error) or repr(error)}
 
 
 def _environment_hash() -> str:
