@@ -23,3 +23,7 @@ class BuildError(AssayError):
 
 class PlacementError(AssayError):
     """The engines do not fit on this machine's memory or GPUs."""
+
+
+class PromptsError(AssayError):
+    """The prompts that tiers are measured on are not what they should be; the sentence has file and prompt."""
