@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.launch.local import LocalProcess
 from server.upstream import IDLE_S, Upstream
+from tiers.conformance.pack import Answer
+from tiers.conformance.prompts import Prompt
+from tiers.conformance.sequence import Scored, Sequence
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
-from tiers.probe.reading import READING_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
+from tiers.probe.reading import READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 300.0
@@ -133,6 +137,41 @@ class Engine:
         except (aiohttp.ClientError, TimeoutError):
             return ()
         return tuple(line for line in lines if line.startswith(_WORK))
+
+    async def walk(self, sequence: Sequence) -> Scored:
+        """Have it compute one sequence, and say how far its distributions are from the reference's.
+
+        Raises:
+            EngineNotStarted: it cannot, or is gone.
+        """
+        body = sequence.model_dump(mode="json")
+        return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
+
+    async def answer(self, model: str, prompt: Prompt, *, tokens: int, greedy: bool, seed: int) -> Answer:
+        """Its answer to one prompt, of at most so many tokens; greedy, or sampled with a seed.
+
+        Raises:
+            EngineNotStarted: it gives none.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": prompt.messages,
+            "max_tokens": tokens,
+            "temperature": 0 if greedy else 1,
+            "seed": seed,
+            "return_token_ids": True,
+        }
+        if prompt.tools:
+            body |= {"tools": prompt.tools, "tool_choice": "none"}
+        said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
+        return Answer(
+            prompt_id=prompt.id,
+            kind=prompt.kind,
+            language=prompt.language,
+            greedy=greedy,
+            prompt=said["prompt_token_ids"],
+            answer=said["choices"][0]["token_ids"],
+        )
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.

@@ -34,7 +34,9 @@ class Sequence(_Plain):
     reference: Reference | None = None
     """None: nothing is compared, and only `save` is done."""
     save: str | None = None
-    """Where to write this engine's own final hidden states of the answer, [A, H]."""
+    """Where to write this engine's own final hidden states of the answer, [A, H], as ``hidden``."""
+    save_logits: bool = False
+    """Whether to write, as ``logits``, what was compared too, [A, V]: for whoever recomputes it."""
 
 
 class Scored(_Plain):

@@ -45,6 +45,8 @@ class Job:
     """The reference's, [V, H]."""
     scored: int = 0
     """Tokens of the answer that are done."""
+    compared: list[Tensor] | None = None
+    """The logits that were compared, [n, V] each, where somebody wants them."""
     problem: str | None = None
 
     def keep_hidden(self, first: int, rows: Tensor) -> None:
@@ -126,7 +128,13 @@ class Scorer:
         return bool(get_pp_group().is_last_rank) and get_tensor_model_parallel_rank() == 0
 
     def begin(
-        self, token: str, prompt: int, answer: list[int], decodes: bool, reference: dict[str, str] | None
+        self,
+        token: str,
+        prompt: int,
+        answer: list[int],
+        decodes: bool,
+        saves_logits: bool,
+        reference: dict[str, str] | None,
     ) -> None:
         """Watch for the request that carries ``token``.
 
@@ -135,6 +143,7 @@ class Scorer:
         """
         device = self._runner.device
         job = Job(prompt, torch.tensor(answer, dtype=torch.int64, device=device), decodes)
+        job.compared = [] if saves_logits else None
         if reference is not None and self.answers:
             job.reference = _tensor(reference["hidden"], reference["name"]).to(device)
             job.head = self._head(reference["head"], reference["head_name"])
@@ -182,6 +191,8 @@ class Scorer:
         p_logits = _fp32_logits(job.reference[at], job.head)
         if p_logits.shape != q_logits.shape:
             raise ScoringRefused(f"the tier has {q_logits.shape[1]} tokens and the reference {p_logits.shape[1]}")
+        if job.compared is not None:
+            job.compared.append(q_logits.cpu())
         numbers = compare(p_logits, q_logits.float(), job.answer[at])
         columns = {name: column.tolist() for name, column in numbers._asdict().items()}
         return {
@@ -203,15 +214,18 @@ class Scorer:
         return torch.stack(rows) if rows else torch.empty(0)
 
     def save_hidden(self, token: str, path: str) -> None:
-        """Write the final hidden states of its answer, [A, H], into a safetensors file.
+        """Write the final hidden states of its answer, [A, H], and what was compared, into a safetensors file.
 
         Raises:
             ScoringRefused: they did not all come.
         """
-        hidden = self._jobs[token].all_hidden()
+        job = self._jobs[token]
+        tensors = {"hidden": job.all_hidden().contiguous().cpu()}
+        if job.compared:
+            tensors["logits"] = torch.cat(job.compared)
         if self.answers:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous().cpu()}, path)
+            save_file(tensors, path)
 
     def _install(self) -> None:
         execute_model, sample = self._runner.execute_model, self._runner.sampler.sample

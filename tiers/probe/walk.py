@@ -34,6 +34,7 @@ async def walk(engine: Any, sequence: Sequence) -> Scored:
         "prompt": len(sequence.prompt),
         "answer": sequence.answer,
         "decodes": decodes,
+        "saves_logits": sequence.save_logits,
         "reference": sequence.reference.model_dump() if sequence.reference else None,
     }
     try:

@@ -1,0 +1,57 @@
+"""The reference implementation's view of a pack's answers: Hugging Face Transformers, in FP32.
+
+A program of its own, for the gateway holds no PyTorch: it reads a pack and writes another one of the same answers,
+whose hidden states are those of Transformers.
+"""
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tiers.conformance.pack import Pack
+
+
+@torch.inference_mode()
+def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
+    """Compute every answer of the pack in FP32 and keep the final hidden states.
+
+    Args:
+        pack: whose answers.
+        checkpoint: the reference checkpoint's folder.
+        folder: where the new pack is to be.
+    """
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for number, answer in enumerate(pack.answers, 1):
+        print(f"{number} of {len(pack.answers)} answers", flush=True)
+        tokens = torch.tensor([[*answer.prompt, *answer.answer[:-1]]])
+        hidden = model.model(tokens).last_hidden_state[0, len(answer.prompt) - 1 :]
+        file = folder / answer.hidden
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden.contiguous()}, file)
+    version = importlib.metadata.version("transformers")
+    return Pack.write(
+        folder,
+        pack.origin,
+        pack.answers,
+        engine=f"transformers {version}, float32",
+        prompts=pack.prompts,
+        seed=pack.seed,
+    )
+
+
+def main() -> None:
+    """Do it; progress goes to standard output, a line an answer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    write_truth(Pack.read(options.pack), options.checkpoint, options.folder)
+
+
+if __name__ == "__main__":
+    main()
