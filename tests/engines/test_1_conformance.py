@@ -1,0 +1,238 @@
+"""Every tier is walked along the reference's answers, inside its serving engine."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from server.engine import Engine
+from server.measure import make_pack, score
+from tests.engines.conftest import CHECKPOINTS, LITE_RECIPE, MODEL, TIERS, Server
+from tiers.conformance.pack import Pack
+from tiers.conformance.prompts import load_prompts
+from tiers.conformance.scores import PHASES, Phase, Scores
+from tiers.conformance.sequence import Sequence
+from tiers.conformance.truth import write_truth
+from tiers.manifest import Manifest
+
+pytestmark = pytest.mark.timeout(1200)
+REFERENCE = CHECKPOINTS / MODEL / "bf16"
+TOKENS = 24
+
+
+def silent(text: str) -> None:
+    """Nobody watches."""
+
+
+class Engines:
+    """The engines of the embedded model, asked without the gateway, each on a loop of its own."""
+
+    def __init__(self, assay: Server) -> None:
+        self._assay = assay
+
+    def run(self, tier: str, work: Any) -> Any:
+        """What ``work``, a coroutine function of an engine, gives."""
+
+        async def with_engine() -> Any:
+            key = self._assay.engine(tier)[0].environ()["VLLM_API_KEY"]
+            engine = Engine(tier, f"http://127.0.0.1:{self._assay.engine_port(tier)}", key, None)
+            try:
+                return await work(engine)
+            finally:
+                await engine.stop()
+
+        return asyncio.run(with_engine())
+
+
+@pytest.fixture(scope="module")
+def engines(assay: Server) -> Engines:
+    return Engines(assay)
+
+
+@pytest.fixture(scope="module")
+def pack(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """Of a few short prompts in several languages."""
+    prompts = [prompt for prompt in load_prompts(quick=True) if prompt.kind in ("chat", "knowledge")]
+    folder = tmp_path_factory.mktemp("pack")
+    manifest = Manifest.read(REFERENCE)
+
+    async def make(engine: Engine) -> Pack:
+        model = f"{MODEL}-Reference"
+        return await make_pack(
+            engine, model, manifest, prompts, folder, tokens=TOKENS, fingerprint="test", say=silent
+        )
+
+    made: Pack = engines.run("Reference", make)
+    return made
+
+
+@pytest.fixture(scope="module")
+def scores(engines: Engines, pack: Pack) -> dict[tuple[str, Phase], Scores]:
+    """Of each tier in each phase."""
+    measured: dict[tuple[str, Phase], Scores] = {}
+    for tier in TIERS:
+        for phase in PHASES:
+            measured[tier, phase] = engines.run(
+                tier, lambda engine, phase=phase: score(engine, pack, REFERENCE, phase, say=silent)
+            )
+    return measured
+
+
+def walked(engines: Engines, tier: str, sequence: Sequence) -> Scores:
+    columns = engines.run(tier, lambda engine: engine.walk(sequence)).columns
+    return Scores.of(columns | {"prompt": [0] * len(columns["token"])})
+
+
+def test_a_pack_is_read_back_as_it_was_written(pack: Pack) -> None:
+    again = Pack.read(pack.folder)
+    assert again.answers == pack.answers
+    assert again.digest == pack.digest
+    assert {len(load_file(pack.folder / a.hidden)["hidden"]) - len(a.answer) for a in pack.answers} == {0}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("tier", ["Reference", "Lite"])
+def test_the_numbers_are_those_of_the_captured_distributions(
+    engines: Engines, pack: Pack, tmp_path: Path, tier: str, phase: Phase
+) -> None:
+    """Recomputed in float64, in other words, from what the engine compared."""
+    answer = max(pack.answers, key=lambda each: len(each.answer))
+    saved = tmp_path / "saved.safetensors"
+    reference = pack.reference(answer, REFERENCE)
+    ours = walked(
+        engines,
+        tier,
+        Sequence(
+            prompt=answer.prompt,
+            answer=answer.answer,
+            phase=phase,
+            reference=reference,
+            save=str(saved),
+            save_logits=True,
+        ),
+    )
+    hidden = load_file(pack.folder / answer.hidden)["hidden"].double()
+    head = load_file(reference.head)[reference.head_name].double()
+    p = (hidden @ head.T).softmax(-1)
+    q = load_file(saved)["logits"].double().softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1)
+    assert torch.allclose(torch.tensor(ours.kl), kl, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(torch.tensor(ours.tv), (p - q).abs().sum(-1) / 2, rtol=1e-4, atol=1e-7)
+    given = torch.tensor(answer.answer)
+    rows = torch.arange(len(given))
+    assert torch.allclose(torch.tensor(ours.ln_p), p[rows, given].log(), rtol=1e-5)
+    assert torch.allclose(torch.tensor(ours.ln_q), q[rows, given].log(), rtol=1e-5)
+    assert ours.top_p.tolist() == p.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_tiers_are_above_the_noise_floor_in_their_order(
+    scores: dict[tuple[str, Phase], Scores], phase: Phase
+) -> None:
+    reference, turbo, lite = (scores[tier, phase].kl.mean() for tier in TIERS)
+    print(f"{phase}: noise floor {reference:.5f}, Turbo {turbo:.5f}, Lite {lite:.5f}")
+    assert 0 < 5 * reference < turbo
+    assert 1.5 * turbo < lite
+
+
+def test_the_public_api_says_the_same_of_a_token(assay: Server, engines: Engines, pack: Pack) -> None:
+    """A greedy answer, asked for again: the engine's own log-probabilities are those it was scored by."""
+    answer = next(each for each in pack.answers if each.greedy)
+    ours = walked(
+        engines,
+        "Reference",
+        Sequence(
+            prompt=answer.prompt,
+            answer=answer.answer,
+            phase="decode",
+            reference=pack.reference(answer, REFERENCE),
+        ),
+    )
+    said = assay.client().completions.create(
+        model=f"{MODEL}-Reference",
+        prompt=answer.prompt,
+        max_tokens=len(answer.answer),
+        temperature=0,
+        logprobs=1,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )
+    choice: Any = said.choices[0]
+    same = [a == b for a, b in zip(choice.token_ids, answer.answer, strict=True)]
+    until = same.index(False) if False in same else len(same)
+    assert until > TOKENS // 2
+    theirs = torch.tensor(choice.logprobs.token_logprobs[:until])
+    assert torch.allclose(torch.tensor(ours.ln_q[:until]).float(), theirs, atol=0.02)
+
+
+def test_callers_are_not_touched_while_a_tier_is_measured(assay: Server, engines: Engines, pack: Pack) -> None:
+    """Their answers are neither forced nor scored, in the same steps."""
+
+    async def measure(engine: Engine) -> tuple[Scores, list[str]]:
+        asking = asyncio.create_task(asyncio.to_thread(_ask, assay))
+        measured = await score(engine, pack, REFERENCE, "decode", say=silent)
+        return measured, await asking
+
+    alone = _ask(assay)
+    measured, beside = engines.run("Turbo", measure)
+    assert len(set(beside)) == 1
+    assert beside[0][:20] == alone[0][:20]
+    assert len(measured) == sum(len(answer.answer) - 1 for answer in pack.answers)
+
+
+def _ask(assay: Server) -> list[str]:
+    answers = []
+    for _ in range(4):
+        answer = assay.client().chat.completions.create(
+            model=f"{MODEL}-Turbo",
+            messages=[{"role": "user", "content": "Count to ten."}],
+            max_tokens=24,
+            temperature=0,
+        )
+        answers.append(answer.choices[0].message.content or "")
+    return answers
+
+
+def test_what_cannot_be_compared_is_refused_and_the_engine_serves_on(
+    assay: Server, engines: Engines, pack: Pack
+) -> None:
+    answer = pack.answers[0]
+    wrong = pack.reference(answer, REFERENCE).model_copy(update={"hidden": "/nowhere.safetensors"})
+    for reference in (wrong, pack.reference(pack.answers[0], REFERENCE).model_copy(update={"head_name": "x"})):
+        sequence = Sequence(prompt=answer.prompt, answer=answer.answer, phase="prefill", reference=reference)
+        with pytest.raises(Exception, match="cannot be read"):
+            engines.run("Lite", lambda engine, sequence=sequence: engine.walk(sequence))
+    longer = Sequence(
+        prompt=answer.prompt,
+        answer=[*answer.answer, 1],
+        phase="decode",
+        reference=pack.reference(answer, REFERENCE),
+    )
+    with pytest.raises(Exception, match="hidden states are"):
+        engines.run("Lite", lambda engine: engine.walk(longer))
+    assert _ask(assay)
+
+
+def test_the_reference_computes_what_transformers_computes_in_fp32(
+    engines: Engines, pack: Pack, tmp_path: Path
+) -> None:
+    truth = write_truth(pack, REFERENCE, tmp_path / "truth")
+    for phase in PHASES:
+        measured = engines.run(
+            "Reference", lambda engine, phase=phase: score(engine, truth, REFERENCE, phase, say=silent)
+        )
+        print(f"{phase}: KL from Transformers in FP32 {measured.kl.mean():.6f}")
+        assert 0 < measured.kl.mean() < 0.004
+
+
+def test_a_pack_is_for_its_tokenizer_and_template_only(pack: Pack) -> None:
+    lite = Manifest.read(CHECKPOINTS / MODEL / LITE_RECIPE)
+    pack.check(lite)
+    other = next(
+        name for name in lite.files if name.startswith("chat_template") or name == "tokenizer_config.json"
+    )
+    entry = lite.files[other].model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(Exception, match="template"):
+        pack.check(lite.model_copy(update={"files": lite.files | {other: entry}}))
