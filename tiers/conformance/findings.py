@@ -1,8 +1,10 @@
 """What the scores of a tier say, as a certificate states it and a report shows it. Plain data."""
 
+import math
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from tiers.conformance.scores import Phase
 
@@ -19,12 +21,22 @@ class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _for_json(bound: float) -> float | str:
+    # JSON has no infinity. Its name is read back as one, and JavaScript compares it as one: null it takes for 0.
+    if math.isinf(bound):
+        return "Infinity" if bound > 0 else "-Infinity"
+    return bound
+
+
+_Bound = Annotated[float, PlainSerializer(_for_json, when_used="json")]
+
+
 class Estimate(_Plain):
-    """A figure with its 95% interval, from a bootstrap over prompts."""
+    """A figure with its 95% interval, from a bootstrap over prompts: unbounded when they are too few for one."""
 
     value: float
-    low: float
-    high: float
+    low: _Bound
+    high: _Bound
 
 
 class Tails(_Plain):

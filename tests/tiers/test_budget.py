@@ -1,0 +1,139 @@
+"""Verdicts: an interval against a limit, several together, and how many prompts more would settle one."""
+
+import math
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tests.tiers.test_statistics import random_scores
+from tiers.conformance.budget import PUBLISHED, Budget, judge, overall
+from tiers.conformance.findings import Estimate, Judgement, Metrics, Tails, Verdict
+from tiers.conformance.statistics import FEWEST_PROMPTS, measure
+from tiers.tier import TierKind
+
+NOTHING = Estimate(value=0, low=0, high=0)
+
+
+def metrics(prompts: int = 100, **estimates: Estimate) -> Metrics:
+    names = ("kl", "tv", "rejection", "rms_delta_p", "delta_nll", "perplexity_gap")
+    rest = dict.fromkeys(names, NOTHING) | estimates
+    tails = Tails(median=0, p90=0, p99=0, p999=0, max=0)
+    return Metrics.model_validate({"prompts": prompts, "tokens": 1, "kl_tails": tails, "perplexity": 1, **rest})
+
+
+def judged(value: float, low: float, high: float, budget: float, prompts: int = 100) -> Judgement:
+    estimate = Estimate(value=value, low=low, high=high)
+    (only,) = judge(metrics(prompts, kl=estimate), "decode", Budget(kl=budget))
+    assert (only.metric, only.phase, only.estimate, only.budget) == ("kl", "decode", estimate, budget)
+    return only
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1, 2.9, "PASS"),
+        (3.1, 4, "FAIL"),
+        (1, 3, "INCONCLUSIVE"),
+        (3, 4, "INCONCLUSIVE"),
+        (1, 4, "INCONCLUSIVE"),
+    ],
+)
+def test_the_whole_interval_must_lie_on_one_side(low: float, high: float, verdict: str) -> None:
+    found = judged((low + high) / 2, low, high, budget=3)
+    assert found.verdict == verdict
+    assert (found.further_prompts is not None) == (verdict == "INCONCLUSIVE")
+
+
+def test_each_metric_with_a_budget_is_judged_by_its_own() -> None:
+    found = judge(
+        metrics(
+            kl=Estimate(value=0.01, low=0.009, high=0.011),
+            rejection=Estimate(value=0.01, low=0.009, high=0.011),
+            perplexity_gap=Estimate(value=-0.2, low=-0.3, high=-0.1),
+        ),
+        "prefill",
+        PUBLISHED[TierKind.TURBO],
+    )
+    assert [(each.metric, each.verdict) for each in found] == [
+        ("kl", "FAIL"),
+        ("rejection", "PASS"),
+        ("perplexity_gap", "PASS"),
+    ]
+    assert [each.metric for each in judge(metrics(), "decode", PUBLISHED[TierKind.REFERENCE])] == ["kl"]
+    assert judge(metrics(), "decode", Budget()) == []
+
+
+def test_every_kind_of_tier_has_a_budget_and_a_lower_grade_a_wider_one() -> None:
+    assert set(PUBLISHED) == set(TierKind)
+    limits = [[getattr(PUBLISHED[kind], name) for kind in TierKind] for name in Budget.model_fields]
+    for each in limits:
+        known = [limit for limit in each if limit is not None]
+        assert known == sorted(set(known))
+
+
+@pytest.mark.parametrize("limit", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("name", Budget.model_fields)
+def test_a_limit_is_a_number_above_0(name: str, limit: float) -> None:
+    with pytest.raises(ValidationError):
+        Budget.model_validate({name: limit})
+
+
+def test_a_metric_that_is_not_judged_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        Budget.model_validate({"tv": 0.1})
+
+
+def test_one_fail_fails_all_and_only_passes_pass() -> None:
+    passed, failed, unknown = judged(1, 0, 2, 3), judged(4, 3.5, 5, 3), judged(2, 1, 4, 3)
+    assert overall([passed, passed]) is Verdict.PASS
+    assert overall([passed, unknown]) is Verdict.INCONCLUSIVE
+    assert overall([unknown, failed, passed]) is Verdict.FAIL
+    assert overall([]) is Verdict.INCONCLUSIVE
+
+
+def test_twice_the_precision_takes_four_times_the_prompts() -> None:
+    # The end on the budget's side is at twice the budget's distance; the other end does not count.
+    assert judged(2, 1.9, 4, budget=3).further_prompts == 301
+    assert judged(4, 2, 9, budget=3).further_prompts == 301
+    assert judged(2, 1, 3, budget=3).further_prompts == 1, "an end on the budget itself is just short"
+
+
+def test_what_no_number_of_prompts_settles_has_none() -> None:
+    assert judged(3, 2, 4, budget=3).further_prompts is None
+    # At a distance of 1/31 of the interval's end it takes 961 times as many prompts, at 1/32 1,024 times.
+    assert judged(3 - 1 / 31, 2, 4 - 1 / 31, budget=3).further_prompts == pytest.approx(96_000, rel=0.001)
+    assert judged(3 - 1 / 32, 2, 4 - 1 / 32, budget=3).further_prompts is None
+
+
+def test_few_prompts_decide_nothing_whatever_they_say() -> None:
+    few = measure(random_scores(np.random.default_rng(0), prompts=FEWEST_PROMPTS - 1, tokens=50, mean=0.01))
+    for limit in (1e-9, 0.99):
+        found = judge(few, "decode", Budget(kl=limit, rejection=limit, perplexity_gap=limit))
+        assert [(each.verdict, each.further_prompts) for each in found] == [("INCONCLUSIVE", 1)] * 3
+    alone = judge(measure(random_scores(np.random.default_rng(0), 1, 50)), "decode", PUBLISHED[TierKind.TURBO])
+    assert overall(alone) is Verdict.INCONCLUSIVE
+    assert {each.further_prompts for each in alone} == {FEWEST_PROMPTS - 1}
+
+
+def test_so_many_further_prompts_settle_it_half_the_time_and_four_times_as_many_nearly_always() -> None:
+    rng = np.random.default_rng(7)
+    truth, budget, start = 0.0092, Budget(kl=0.01), 40
+
+    def repeated(prompts: int) -> list[Metrics]:
+        return [measure(random_scores(rng, prompts, 20, mean=truth), resamples=300) for _ in range(60)]
+
+    first = repeated(start)
+    above = float(np.mean([each.kl.high - each.kl.value for each in first]))
+    further = judged(truth, truth - above, truth + above, 0.01, start).further_prompts
+    assert further is not None
+    assert further > 40
+
+    def settled(found: list[Metrics]) -> float:
+        return float(np.mean([judge(each, "decode", budget)[0].verdict == "PASS" for each in found]))
+
+    assert settled(first) < 0.4
+    then = repeated(start + further)
+    assert float(np.mean([each.kl.high - each.kl.value for each in then])) == pytest.approx(0.0008, rel=0.15)
+    assert 0.3 <= settled(then) <= 0.7
+    assert settled(repeated(4 * (start + further))) > 0.9

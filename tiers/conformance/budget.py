@@ -1,0 +1,88 @@
+"""How far a tier may be from the reference, and whether it is. Knows figures, not how they were measured."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tiers.conformance.findings import Estimate, Judgement, Metrics, Verdict
+from tiers.conformance.scores import Phase
+from tiers.conformance.statistics import FEWEST_PROMPTS
+from tiers.tier import TierKind
+
+_MOST_FURTHER_PROMPTS = 100_000
+
+
+class Budget(BaseModel):
+    """The limits of one tier, the same in both phases. A metric without one is measured and not judged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kl: float | None = Field(default=None, gt=0, description="Most mean KL(p ‖ q) per token, in nats.")
+    rejection: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Largest share of tokens at which the likeliest token is another than the reference's.",
+    )
+    perplexity_gap: float | None = Field(
+        default=None,
+        gt=0,
+        description="By how much the tier's perplexity, over the reference's answers, may exceed the reference's.",
+    )
+
+
+PUBLISHED: Mapping[TierKind, Budget] = {
+    # Against Transformers, which computes the same numbers in another order.
+    TierKind.REFERENCE: Budget(kl=0.002),
+    TierKind.TURBO: Budget(kl=0.007, rejection=0.03, perplexity_gap=0.05),
+    TierKind.LITE: Budget(kl=0.05, rejection=0.08, perplexity_gap=0.25),
+}
+"""The budgets of Llama 3.1's tiers. Turbo's are what providers call high quality (KL and rejection: Fireworks,
+2024; perplexity: Together, 2024). Lite's leave room for a good INT4 recipe: llama.cpp reports a KL of 0.031 and a
+rejection of 7.8% for q4_K_M."""
+
+
+def judge(metrics: Metrics, phase: Phase, budget: Budget) -> list[Judgement]:
+    """Each metric that has a budget: PASS with its whole interval below it, FAIL with all of it above."""
+    return [
+        _judge(metric, getattr(metrics, metric), metrics.prompts, phase, limit)
+        for metric, limit in budget
+        if limit is not None
+    ]
+
+
+def overall(judgements: Sequence[Judgement]) -> Verdict:
+    """One FAIL fails all, and only PASS of all is PASS. Nothing judged is nothing known."""
+    verdicts = {each.verdict for each in judgements}
+    if Verdict.FAIL in verdicts:
+        return Verdict.FAIL
+    return Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.INCONCLUSIVE
+
+
+def _judge(metric: str, estimate: Estimate, prompts: int, phase: Phase, budget: float) -> Judgement:
+    verdict, further = Verdict.INCONCLUSIVE, None
+    if estimate.high < budget:
+        verdict = Verdict.PASS
+    elif estimate.low > budget:
+        verdict = Verdict.FAIL
+    else:
+        further = _further_prompts(estimate, prompts, budget)
+    return Judgement(
+        metric=metric, phase=phase, estimate=estimate, budget=budget, verdict=verdict, further_prompts=further
+    )
+
+
+def _further_prompts(estimate: Estimate, prompts: int, budget: float) -> int | None:
+    """How many more until the interval's end on the budget's side reaches it, should the estimate stay.
+
+    That end is at a distance that shrinks as 1/√n. The estimate will move, so with this many the odds are even
+    that it is settled, and with four times as many nearly certain.
+    """
+    distance = abs(budget - estimate.value)
+    reach = estimate.high - estimate.value if estimate.value < budget else estimate.value - estimate.low
+    if math.isinf(reach):
+        return FEWEST_PROMPTS - prompts
+    if not distance or prompts * (reach / distance) ** 2 > prompts + _MOST_FURTHER_PROMPTS:
+        return None
+    return math.floor(prompts * (reach / distance) ** 2) - prompts + 1
