@@ -125,7 +125,8 @@ class Gateway:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(scope["headers"])
-        reply = Reply(send, scope["extensions"][WHEN_GONE], request_id)
+        # Taken out of the scope, which would otherwise refer to what refers to it.
+        reply = Reply(send, scope["extensions"].pop(WHEN_GONE), request_id)
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:

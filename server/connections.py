@@ -1,7 +1,7 @@
 """What happens below ASGI: who may connect, how long a request's head may take, and how a connection ends.
 
-Stands on uvicorn's HTTP/1.1 protocol and changes nothing on the way of an answer's bytes. Knows no routes and no
-tiers.
+Stands on uvicorn's HTTP/1.1 protocol; how an answer's bytes are written is `server.cycle`'s. Knows no routes and
+no tiers.
 """
 
 import asyncio

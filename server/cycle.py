@@ -33,9 +33,12 @@ class Cycle(RequestResponseCycle):
 
     def when_gone(self, tell: Tell) -> None:
         """Call ``tell`` once the caller has left; see `server.exchange.WHEN_GONE`."""
-        self._tell = tell
+        # A body that was read in large pieces stops the reading, and with it the notice that the caller left.
+        self.flow.resume_reading()
         if self.disconnected:
             tell()
+        else:
+            self._tell = tell
 
     def abandon(self) -> None:
         """Let whoever works for this caller know that nobody will read it."""
@@ -44,8 +47,9 @@ class Cycle(RequestResponseCycle):
         self.disconnected = True
         self.message_event.set()
         self.flow.resume_writing()
-        if self._tell:
-            self._tell()
+        tell, self._tell = self._tell, None
+        if tell:
+            tell()
 
     async def send(self, message: "ASGISendEvent") -> None:
         """Send one of ASGI's messages; waits while the caller reads more slowly than it is written to."""
@@ -107,9 +111,7 @@ class Cycle(RequestResponseCycle):
 
     def _end(self) -> None:
         self.response_complete = True
-        # What refers to itself is left for the garbage collector: a tenth of what a request costs.
-        self._tell = None
-        del self.scope["extensions"]
+        self._tell = None  # what refers to itself is left for the garbage collector: a tenth of a request's cost
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()

@@ -58,9 +58,11 @@ class Reply:
         """Send the status and all headers."""
         self.status = status
         all_headers = [*self.headers, self._processing_ms(), *headers]
-        self.is_blocked = True
-        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
-        self.is_blocked = False
+        try:
+            await self._write({"type": "http.response.start", "status": status, "headers": all_headers})
+        except asyncio.CancelledError:
+            self.status = None  # interrupted while it waited to be sent
+            raise
 
     def _processing_ms(self) -> tuple[bytes, bytes]:
         return b"openai-processing-ms", b"%d" % ((time.monotonic() - self.request_began) * 1000)
@@ -83,14 +85,19 @@ class Reply:
         """Send a part of the body; waits while the caller reads more slowly than the engine writes."""
         self.body_began = self.body_began or time.monotonic()
         self.has_ended = not more
-        self.is_blocked = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        self.is_blocked = False
+        await self._write({"type": "http.response.body", "body": body, "more_body": more})
 
     async def comment(self) -> None:
         """Send what every client skips, so that nobody between takes the connection for dead."""
         await self.begin_events()
         await self._send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+
+    async def _write(self, message: Message) -> None:
+        self.is_blocked = True
+        try:
+            await self._send(message)
+        finally:
+            self.is_blocked = False
 
     async def whole(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Send a complete JSON answer."""

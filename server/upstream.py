@@ -65,12 +65,22 @@ class Upstream:
         return connection
 
     def give(self, connection: "Connection") -> None:
-        """Keep it for the next request if it can take one."""
+        """Keep it for the next request, if its answer came whole and was taken to the last byte; else close it."""
         if connection.is_free:
             connection.idle_since = time.monotonic()
             self._idle.append(connection)
         else:
             connection.abort()
+
+    def opened(self, connection: "Connection") -> None:
+        """There is one more."""
+        self._connections.add(connection)
+
+    def lost(self, connection: "Connection") -> None:
+        """There is one less."""
+        self._connections.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
 
     def close(self) -> None:
         """Break off whatever is under way."""
@@ -78,37 +88,41 @@ class Upstream:
             connection.abort()
 
     def _connection(self) -> "Connection":
-        return Connection(self._connections)
+        return Connection(self)
 
 
 class Connection(asyncio.Protocol):
     """One connection and the answer that comes on it; httptools' parser calls what begins with ``on_``."""
 
-    def __init__(self, everyone: "set[Connection]") -> None:
-        self._everyone = everyone
-        """The open ones, and this one among them while it is open."""
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
         self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._waiter: asyncio.Future[None] | None = None
         self._broke: str | None = None
+        self._is_last = False
         self.idle_since = 0.0
-        # Of the answer; a connection that nobody has asked anything yet is as good as after one.
+        self._parts: list[bytes] = []
+        self._ahead = 0
+        self._is_paused = False
+        self._begin_answer()
+        self._is_whole = True  # nobody has asked anything yet, which is as good as after an answer
+
+    def _begin_answer(self) -> None:
         self.status = 0
         self.content_type = b""
         self._head_bytes = 0
         self._in_body = False
-        self._parts: list[bytes] = []
-        self._ahead = 0
-        self._is_paused = False
-        self._is_whole = True
-        self._is_last = False
+        self._is_whole = False
 
     @property
     def is_free(self) -> bool:
         """Whether the next request can be sent."""
-        ended = self._is_last or self._broke is not None
-        return self._is_whole and not ended and not self._transport.get_write_buffer_size()
+        # What was not taken of this answer would be read as the beginning of the next one.
+        is_taken = self._is_whole and not self._parts and not self._is_paused
+        ended = self._is_last or self._broke is not None or self._transport.is_closing()
+        return is_taken and not ended and not self._transport.get_write_buffer_size()
 
     async def ask(self, request: bytes) -> None:
         """Send a request; returns when the head of its answer has come.
@@ -116,8 +130,7 @@ class Connection(asyncio.Protocol):
         Raises:
             UpstreamBroke: it has not.
         """
-        self.status, self.content_type = 0, b""
-        self._head_bytes, self._in_body, self._is_whole = 0, False, False
+        self._begin_answer()
         self._transport.write(request)
         while not self._in_body:
             await self._more()
@@ -172,18 +185,22 @@ class Connection(asyncio.Protocol):
     def _end(self, why: str) -> None:
         if self._broke is None:
             self._broke = why
-        self._everyone.discard(self)
+            self._upstream.lost(self)
         self._wake()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
-        self._everyone.add(self)
+        self._upstream.opened(self)
+
+    def eof_received(self) -> None:
+        self._end("the connection ended")  # before it is lost, it would seem to be free
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end("the connection ended")
+        self._parser = None  # which knows this object, and this it: a ring is left for the garbage collector
 
     def data_received(self, data: bytes) -> None:
-        if self._is_whole:
+        if self._is_whole or self._parser is None:
             self._break("it sent more than its answer")
             return
         try:
@@ -214,10 +231,13 @@ class Connection(asyncio.Protocol):
             self.content_type = value
 
     def on_headers_complete(self) -> None:
+        assert self._parser is not None
         status = self._parser.get_status_code()
-        if status >= 200:  # those below announce an answer, and are none
+        if status >= 200:
             self.status = status
             self._in_body = True
+        else:
+            self.content_type = b""  # of an announcement, which is no answer
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
@@ -226,7 +246,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._in_body:
             self._is_whole = True
-            self._is_last = not self._parser.should_keep_alive()
+            self._is_last = self._parser is None or not self._parser.should_keep_alive()
 
 
 class Exchange:

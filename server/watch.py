@@ -75,8 +75,14 @@ class Watch:
             self._timer.cancel()
         if self._comment:
             self._comment.cancel()
-        if self._reason and task and task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise self._reason from None
+        reason, self._reason = self._reason, None
+        if reason and task and task.uncancel() == 0 and kind is asyncio.CancelledError:
+            try:
+                raise reason from None
+            finally:
+                # Its traceback knows this frame: with the frame knowing it, the request's body would be kept
+                # until the garbage collector comes.
+                del reason, error, trace, task
 
     def _client_left(self) -> None:
         self._interrupt(ClientLeft())

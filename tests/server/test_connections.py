@@ -1,5 +1,6 @@
 """Callers who are slow, many, or speak no HTTP, over real sockets and against the event loop that serves."""
 
+import asyncio
 import json
 import re
 import socket
@@ -66,8 +67,9 @@ class App:
             if path == "/stream":
                 await reply.begin(200, [])
                 await reply.send(b"first")
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            gone = asyncio.Event()
+            reply.when_gone(gone.set)
+            await gone.wait()
             raise ClientLeft
         await reply.whole(200, json.dumps({"path": path, "body": body.decode()}).encode())
 
@@ -462,6 +464,18 @@ def test_pipelined_requests_are_answered_in_their_order(patient: Served) -> None
         caller.sendall(b"".join(requests) + HELLO.replace(b"host: x", b"connection: close"))
         answers = [json.loads(body) for body in re.findall(rb"\{.*?\}", everything(caller))]
     assert answers == [{"path": f"/{n}", "body": str(n)} for n in range(9)] + [{"path": "/hello", "body": ""}]
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000, BODY_LIMIT])
+def test_a_caller_who_leaves_after_a_large_body_is_noticed(patient: Served, size: int) -> None:
+    """Head first and then the body, as many clients send them: reading stops where a piece of it is large."""
+    with patient.connect() as caller:
+        caller.sendall(b"POST /wait HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % size)
+        assert patient.app.begun.wait(LATE_S)
+        time.sleep(0.05)
+        caller.sendall(b"x" * size)
+        time.sleep(0.05)
+    assert patient.app.left.wait(LATE_S)
 
 
 def test_only_so_many_pipelined_requests_wait(patient: Served) -> None:

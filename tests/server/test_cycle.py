@@ -10,7 +10,8 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from server.cycle import Cycle
-from server.exchange import WHEN_GONE, Headers
+from server.errors import BodyTooLarge
+from server.exchange import WHEN_GONE, Headers, Reply
 
 
 class Transport(asyncio.Transport):
@@ -164,3 +165,18 @@ async def test_the_end_of_an_answer_is_nobodys_leaving() -> None:
     await send(made, [], b"")
     made.abandon()
     assert told == []
+
+
+async def test_an_answer_that_was_interrupted_before_it_began_can_still_be_an_error() -> None:
+    """The caller has not read the answer before on this connection, and the request's time is over."""
+    made, transport = cycle()
+    reply = Reply(cast(Any, made.send), made.when_gone, "req-1")
+    made.flow.pause_writing()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await reply.begin_events()
+    made.flow.resume_writing()
+    await reply.refuse(BodyTooLarge(1))
+    parsed = Parsed(b"".join(transport.writes))
+    assert (parsed.status, parsed.whole) == (413, True)
+    assert not reply.is_blocked

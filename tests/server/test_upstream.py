@@ -1,6 +1,8 @@
 """Requests to an engine and their answers, at an engine that does what it should not."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -206,6 +208,53 @@ async def test_who_is_interrupted_before_the_answer_leaves_the_engine() -> None:
         await asyncio.wait_for(asked.wait(), 5)
         asking.cancel()
         await asyncio.wait_for(made.left.wait(), 5)
+
+
+@pytest.mark.parametrize("size", [5, 2 * MOST_AHEAD])
+async def test_what_was_not_taken_of_an_answer_is_in_nobody_elses(size: int) -> None:
+    """It came whole, and whoever it was for left before they took it."""
+    secret = HEAD + b"content-length: %d\r\n\r\n" % size + b"s" * size
+    async with engine(secret, WHOLE) as made:
+        async with made.upstream.post("/", b"", "req-1"):
+            await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(made.ask(), 5) == (200, b"application/json", b"{}")
+    assert made.connections == 2
+
+
+async def test_nor_what_came_when_they_were_interrupted() -> None:
+    async def in_parts(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"3\r\nabc\r\n")
+        await asking_more.wait()
+        writer.write(b"6\r\nsecret\r\n0\r\n\r\n")
+        asyncio.get_running_loop().call_later(0.05, taking.cancel)
+
+    async def take() -> None:
+        async with made.upstream.post("/", b"", "req-1") as answer:
+            await answer.part()
+            asking_more.set()
+            await asyncio.sleep(5)  # its caller reads slowly
+
+    asking_more = asyncio.Event()
+    async with engine(in_parts, WHOLE) as made:
+        taking = asyncio.create_task(take())
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        assert (await asyncio.wait_for(made.ask(), 5))[2] == b"{}"
+
+
+async def test_a_connection_that_ended_leaves_nothing_to_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        async with engine(WHOLE) as made:
+            async with made.upstream.post("/", b"", "req-1") as answer:
+                left = weakref.ref(answer)
+                await answer.read()
+            made.upstream.close()
+            del answer
+            await asyncio.sleep(0.05)
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_closing_breaks_off_what_is_under_way() -> None:

@@ -1,11 +1,14 @@
 """A request whose time is over, or whose engine is silent, at a gateway in front of a fake engine."""
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 
+from server.watch import Watch
 from tests.server.conftest import Answer, Handler, running_gateway
 
 CHUNK = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -120,6 +123,28 @@ async def test_a_caller_who_reads_slowly_is_not_the_engines_fault(tmp_path: Path
         gateway.handler = pausing(CHUNK, CHUNK, DONE)
         answer = await gateway.post(STREAM, read_slowly_s=0.15)
     assert answer.body == CHUNK * 2 + DONE
+
+
+@pytest.mark.parametrize("ends", ["the caller leaves", "its time is over"])
+async def test_an_interrupted_request_is_forgotten_at_once(tmp_path: Path, ends: str) -> None:
+    """Its exception knows the frames it went through, and they know its body: eight megabytes it may be."""
+    leave = asyncio.Event()
+    limit = 0.1 if ends == "its time is over" else 60
+    async with running_gateway(tmp_path, request_timeout_s=limit) as gateway:
+
+        async def never(request: web.Request) -> web.StreamResponse:
+            leave.set()
+            await asyncio.sleep(5)
+            return web.Response()
+
+        gateway.handler = never
+        gc.collect()
+        gc.disable()
+        try:
+            await gateway.post(leave_after=leave if ends == "the caller leaves" else None)
+            assert not [each for each in gc.get_objects() if isinstance(each, Watch)]
+        finally:
+            gc.enable()
 
 
 async def test_a_client_that_leaves_the_queue_gives_its_turn_up(tmp_path: Path) -> None:
