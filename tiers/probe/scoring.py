@@ -170,8 +170,8 @@ class Scorer:
             self._of, self._rows, self._heads = {}, [], {}
 
     @torch.inference_mode()
-    def score(self, token: str, most: int) -> dict[str, Any]:
-        """The numbers of up to ``most`` further tokens whose distributions are there, as plain lists.
+    def score(self, token: str, least: int, most: int) -> dict[str, Any]:
+        """The numbers of further tokens, if ``least`` of them are there, of no more than ``most``; plain lists.
 
         To be called on every worker of a tensor-parallel engine, for computing logits is a joint work.
 
@@ -181,7 +181,7 @@ class Scorer:
         job = self._jobs[token]
         if job.problem:
             raise ScoringRefused(job.problem)
-        q_logits = self._decoded(job, most) if job.decodes else self._prefilled(job, most)
+        q_logits = self._decoded(job, least, most) if job.decodes else self._prefilled(job, most)
         at = slice(job.scored, job.scored + len(q_logits))
         job.scored = at.stop
         if not self.answers or not len(q_logits):
@@ -207,11 +207,12 @@ class Scorer:
         logits: Tensor = self._runner.model.compute_logits(hidden)
         return logits
 
-    def _decoded(self, job: Job, most: int) -> Tensor:
-        rows: list[Tensor] = []
-        while len(rows) < most and job.scored + len(rows) in job.logits:
-            rows.append(job.logits.pop(job.scored + len(rows)))
-        return torch.stack(rows) if rows else torch.empty(0)
+    def _decoded(self, job: Job, least: int, most: int) -> Tensor:
+        ready = range(job.scored, min(job.scored + most, len(job.answer)))
+        rows = [at for at in ready if at in job.logits]  # without gaps, for they come one after another
+        if len(rows) < least:
+            return torch.empty(0)
+        return torch.stack([job.logits.pop(at) for at in rows])
 
     def save_hidden(self, token: str, path: str) -> None:
         """Write the final hidden states of its answer, [A, H], and what was compared, into a safetensors file.

@@ -14,7 +14,7 @@ from tiers.conformance.sequence import Scored, Sequence
 from tiers.probe.scoring import MARK
 
 AT_ONCE = 64
-"""Tokens reduced in one call, during which no step of the engine runs."""
+"""Tokens reduced in one call, during which no step of the engine runs; for fewer the head is read in vain."""
 LOOK_S = 0.2
 
 
@@ -76,7 +76,7 @@ async def _collect(
             await asyncio.wait({running})
         while sequence.reference is not None:
             over = running.done()
-            said = await _ask(engine, "assay_score", token, AT_ONCE)
+            said = await _ask(engine, "assay_score", token, AT_ONCE if not over else 1, AT_ONCE)
             for name, column in said.get("columns", {}).items():
                 columns.setdefault(name, []).extend(column)
             if not said["left"]:

@@ -98,9 +98,9 @@ class ProbeWorker:
         """Watch for the request that carries ``token``; ``job`` is what `Scorer.begin` takes."""
         return self._assay_guarded(lambda scorer: scorer.begin(token, **job))
 
-    def assay_score(self, token: str, most: int) -> dict[str, Any]:
-        """The numbers of up to ``most`` further tokens."""
-        return self._assay_guarded(lambda scorer: scorer.score(token, most))
+    def assay_score(self, token: str, least: int, most: int) -> dict[str, Any]:
+        """The numbers of ``least`` to ``most`` further tokens, or of none."""
+        return self._assay_guarded(lambda scorer: scorer.score(token, least, most))
 
     def assay_score_save(self, token: str, path: str) -> dict[str, Any]:
         """Write the hidden states that came into a file."""
