@@ -23,3 +23,7 @@ class BuildError(AssayError):
 
 class PlacementError(AssayError):
     """The engines do not fit on this machine's memory or GPUs."""
+
+
+class CertificateError(AssayError):
+    """A certificate, its signature or a key of it is not what it should be."""
