@@ -38,6 +38,13 @@ RANGES = {"0–15": (0, 16), "16–31": (16, 32), "32–47": (32, 48), "48–63"
 BUDGET: dict[Phase, dict[str, float]] = {
     phase: {"kl": 0.012, "rejection": 0.035, "perplexity_gap": 0.05} for phase in PHASES
 }
+_BEFORE = (
+    "Give the answer and how you found it.\n\nA train leaves at nine and travels 240 km in three hours. Its "
+    "average speed is the way divided by the time, which is what was asked for. It is therefore",
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)",
+    "Die Hauptstadt von Frankreich ist Paris",
+    "दिल्ली भारत की राजधानी है और",
+)
 MODEL = "Llama-3.1-8B-Instruct"
 
 
@@ -46,8 +53,9 @@ def make_scores(scale: float = 0.0055, prompts: int = 96, answer: int = 64, seed
     random = np.random.default_rng(seed)
     prompt = np.repeat(np.arange(prompts), answer)
     tokens = len(prompt)
-    per_prompt = np.repeat(random.lognormal(0, 0.4, prompts), answer)
-    kl = scale * 0.12 * per_prompt * random.lognormal(0, 1.9, tokens)
+    # The same in every measurement: a prompt that is hard in one phase is hard in the other.
+    per_prompt = np.repeat(np.random.default_rng(0).lognormal(0, 0.7, prompts), answer)
+    kl = scale * 0.13 * per_prompt * random.lognormal(0, 1.8, tokens)
     ln_p = -random.gamma(0.35, 1.2, tokens)
     ln_q = np.minimum(0, ln_p + random.normal(-scale / 2, 1, tokens) * np.sqrt(2 * kl) * (1 - np.exp(ln_p)))
     top_p = random.integers(0, 128_000, tokens)
@@ -131,7 +139,7 @@ def make_findings(
             prompt_id=f"reasoning-{i:02}",
             phase="decode" if i % 3 else "prefill",
             position=7 * i + 3,
-            before="A train leaves at nine and travels 240 km in three hours. Its average speed is therefore ",
+            before=_BEFORE[i % len(_BEFORE)],
             token=(" 80", "\n\n", " so", "80", " per", " €", " Ich", " नम", " km", " divided")[i],
             top_q=(" eighty", " ", " and", "8", "/h", " EUR", " Das", " न", " kilometres", " /")[i],
             kl=2.4 / (i + 1),
@@ -162,7 +170,6 @@ def _judge(metric: str, phase: Phase, estimate: Estimate, limit: float) -> Judge
 
 def make_measurement(scale: float = 0.0055) -> tuple[dict[Phase, Scores], dict[Phase, Scores]]:
     """Scores of a tier by phase, decode a little worse than prefill, and those of its noise floor."""
-    # One seed for both phases: a prompt that is hard in one is hard in the other.
     scores: dict[Phase, Scores] = {"prefill": make_scores(scale), "decode": make_scores(scale * 1.4, seed=2)}
     noise: dict[Phase, Scores] = {
         "prefill": make_scores(4e-5, seed=3),
