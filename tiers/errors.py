@@ -27,3 +27,7 @@ class PlacementError(AssayError):
 
 class PromptsError(AssayError):
     """The prompts that tiers are measured on are not what they should be; the sentence has file and prompt."""
+
+
+class CertificateError(AssayError):
+    """A certificate, its signature or a key of it is not what it should be."""
