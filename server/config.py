@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.vitals import Patience
+from tiers.conformance.budget import PUBLISHED, Budget
 from tiers.errors import ConfigError
 from tiers.recipe import find_recipe
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
@@ -19,6 +20,9 @@ class TierConfig(Resources):
 
     recipe: str | None = Field(
         default=None, description="How its weights are made; by default bf16, fp8-dynamic and w4a16-gptq."
+    )
+    budget: Budget | None = Field(
+        default=None, description="How far it may be from the reference; by default what Llama 3.1 is held to."
     )
 
 
@@ -137,6 +141,21 @@ class Config(Patience):
     def checkpoints(self) -> Path:
         """Where checkpoints lie: a folder a model, in it one a recipe."""
         return self.home / "checkpoints"
+
+    @property
+    def certificates(self) -> Path:
+        """Where certificates lie, one a tier."""
+        return self.home / "certificates"
+
+    @property
+    def packs(self) -> Path:
+        """Where reference packs lie."""
+        return self.home / "packs"
+
+    def budget_of(self, tier: Tier) -> Budget:
+        """How far a tier may be from the reference."""
+        mine = (model.tiers.get(tier.kind) for model in self.models if model.name == tier.model)
+        return next((each.budget for each in mine if each and each.budget), PUBLISHED[tier.kind])
 
     @property
     def logs(self) -> Path:

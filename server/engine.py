@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from server.launch.local import LocalProcess
 from server.upstream import IDLE_S, Upstream
 from tiers.conformance.pack import Answer
 from tiers.conformance.prompts import Prompt
-from tiers.conformance.sequence import Scored, Sequence
+from tiers.conformance.sequence import Scored
+from tiers.conformance.sequence import Sequence as Walk
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
 from tiers.probe.reading import READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
@@ -138,7 +139,7 @@ class Engine:
             return ()
         return tuple(line for line in lines if line.startswith(_WORK))
 
-    async def walk(self, sequence: Sequence) -> Scored:
+    async def walk(self, sequence: Walk) -> Scored:
         """Have it compute one sequence, and say how far its distributions are from the reference's.
 
         Raises:
@@ -146,6 +147,15 @@ class Engine:
         """
         body = sequence.model_dump(mode="json")
         return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
+
+    async def text(self, model: str, tokens: Sequence[int]) -> str:
+        """What these tokens say.
+
+        Raises:
+            EngineNotStarted: it does not tell.
+        """
+        said = await self._ask("POST", "/detokenize", "its tokens' text", {"model": model, "tokens": [*tokens]})
+        return str(json.loads(said)["prompt"])
 
     async def answer(self, model: str, prompt: Prompt, *, tokens: int, greedy: bool, seed: int) -> Answer:
         """Its answer to one prompt, of at most so many tokens; greedy, or sampled with a seed.

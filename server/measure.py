@@ -4,13 +4,16 @@ Knows engines and what is asked of them; knows no statistics and no verdicts.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from server.engine import Engine
+from tiers.conformance.findings import WorstToken
 from tiers.conformance.pack import Answer, Origin, Pack
 from tiers.conformance.prompts import Prompt, digest
 from tiers.conformance.scores import Phase, Scores
@@ -22,6 +25,8 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 SEED = 5
+CONTEXT = 48
+"""Tokens that are shown before one of the worst."""
 AT_ONCE = 4
 """Sequences: neighbours in the same steps, as callers are."""
 
@@ -109,3 +114,39 @@ async def _by_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -
     except* AssayError as problems:
         raise problems.exceptions[0] from None  # the others are its echo
     return [task.result() for task in tasks]
+
+
+async def worst_tokens(
+    engine: Engine, model: str, pack: Pack, scores: Mapping[Phase, Scores], count: int = 10
+) -> list[WorstToken]:
+    """Where the tier is farthest from the reference, in its context; each token once, in its worse phase.
+
+    Raises:
+        EngineNotStarted: the engine does not tell what tokens say.
+    """
+    rows = [(phase, row) for phase, each in scores.items() for row in np.argsort(-each.kl)[: 2 * count]]
+    rows.sort(key=lambda found: -scores[found[0]].kl[found[1]])
+    seen: set[tuple[int, int]] = set()
+    worst: list[WorstToken] = []
+    for phase, row in rows:
+        each = scores[phase]
+        number, position = int(each.prompt[row]), int(each.position[row])
+        if (number, position) in seen or len(worst) == count:
+            continue
+        seen.add((number, position))
+        answer = pack.answers[number]
+        before = await engine.text(model, [*answer.prompt, *answer.answer[:position]][-CONTEXT:])
+        worst.append(
+            WorstToken(
+                prompt_id=answer.prompt_id,
+                phase=phase,
+                position=position,
+                before=before,
+                token=await engine.text(model, [int(each.token[row])]),
+                top_q=await engine.text(model, [int(each.top_q[row])]),
+                kl=float(each.kl[row]),
+                ln_p=float(each.ln_p[row]),
+                ln_q=float(each.ln_q[row]),
+            )
+        )
+    return worst

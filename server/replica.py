@@ -222,6 +222,13 @@ class Replica:
                 self.state = State.READY
 
     @property
+    def engine(self) -> Engine:
+        """The engine that runs. Raises TierUnavailable while there is none."""
+        if self.state not in UP or self._engine is None:
+            raise self.unavailable()
+        return self._engine
+
+    @property
     def running(self) -> int:
         """Requests that the engine works on now, or that wait for it to wake."""
         return self._places.taken

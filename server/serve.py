@@ -9,8 +9,8 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from server.app import build_app
 from server.checkpoints import Checkpoints
@@ -74,8 +74,7 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
     config = _with_room(config)
     with listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
-        backend = installed_backend() if config.backend == "auto" else config.backend
-        fleet_of = asyncio.create_task(_prepare(config, backend, steps, build=build))
+        fleet_of = asyncio.create_task(_prepare(config, backend_of(config), steps, build=build))
         if not await _unless_asked(stop, fleet_of):
             return
         fleet, metrics = fleet_of.result()
@@ -92,6 +91,26 @@ def _with_room(config: Config) -> Config:
             config.max_connections,
         )
     return config.model_copy(update={"max_connections": room})
+
+
+@asynccontextmanager
+async def running_engines(config: Config, steps: Steps, *, build: bool = True) -> AsyncIterator[Fleet]:
+    """Every tier's engines, started and verified, with no gateway in front; ended with the block.
+
+    Raises:
+        AssayError: into the block; nothing is left running.
+    """
+    fleet, _ = await _prepare(config, backend_of(config), steps, build=build)
+    try:
+        await _start_engines(fleet.replicas, steps)
+        yield fleet
+    finally:
+        await fleet.stop()
+
+
+def backend_of(config: Config) -> Backend:
+    """Where the config's engines run."""
+    return installed_backend() if config.backend == "auto" else config.backend
 
 
 async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: bool) -> tuple[Fleet, Metrics]:

@@ -1,7 +1,7 @@
 """What the command line shows: tables with every cell whole, numbers in the units people compare."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -14,6 +14,9 @@ from tiers.manifest import SHORT_DIGEST
 from tiers.plan import TierPlan
 from tiers.recipe import recipes
 from tiers.tier import TierKind
+
+if TYPE_CHECKING:
+    from tiers.conformance.certificate import Certificate
 
 KIB = 1 << 10
 WIDE = 200
@@ -51,6 +54,32 @@ def tiers_table(tiers: Sequence[dict[str, Any]]) -> Table:
             f"[green]{state}[/]" if tier["state"] == "ready" else f"[yellow]{escape(state)}[/]",
         )
     return made
+
+
+def certificates_table(certificates: Sequence["Certificate"]) -> Table:
+    """What certificates say, a line for each metric that was judged."""
+    made = table("model", "verdict", "phase", "metric", "measured", "95%", "budget", "")
+    for certificate in certificates:
+        name, verdict = certificate.predicate.tier, str(certificate.verdict)
+        for each in certificate.predicate.findings.judgements:
+            further = f"{each.further_prompts} more prompts would tell" if each.further_prompts else ""
+            made.add_row(
+                name,
+                _coloured(verdict),
+                each.phase,
+                each.metric.replace("_", " "),
+                f"{each.estimate.value:.4g}",
+                f"{each.estimate.low:.4g} to {each.estimate.high:.4g}",
+                f"{each.budget:.4g}",
+                f"{_coloured(str(each.verdict))} {further}",
+            )
+            name = verdict = ""
+    return made
+
+
+def _coloured(verdict: str) -> str:
+    colours = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
+    return f"[{colours[verdict]}]{verdict}[/]" if verdict else ""
 
 
 def parts_table(tiers: Sequence[dict[str, Any]]) -> Table:

@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from tiers.conformance.scores import Phase
 
+FEWEST_PROMPTS = 6
+"""With n prompts all lie on one side of their population's median once in 2ⁿ⁻¹ times. From 6 on that is less than
+5%; with fewer, no interval inside the range of the prompts can hold the truth 95% of the time."""
+
 
 class Verdict(StrEnum):
     """How a metric, a phase or a tier stands towards its budget."""

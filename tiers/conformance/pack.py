@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tiers.conformance.prompts import Kind, Language
@@ -113,6 +111,9 @@ class Pack:
         cls, folder: Path, origin: Origin, answers: Sequence[Answer], *, engine: str, prompts: str, seed: int
     ) -> Self:
         """Finish a pack whose hidden states are there."""
+        import pyarrow as pa  # here and below: who answers requests need not wait for it
+        import pyarrow.parquet as pq
+
         folder.mkdir(parents=True, exist_ok=True)
         rows = [answer.model_dump() for answer in answers]
         pq.write_table(pa.Table.from_pylist(rows), folder / _ANSWERS, compression="zstd")
@@ -134,6 +135,8 @@ class Pack:
         Raises:
             PackError: there is none, or a file of it is missing or not what it was.
         """
+        import pyarrow.parquet as pq
+
         try:
             contents = _Contents.model_validate_json((folder / PACK_NAME).read_bytes())
         except FileNotFoundError:
