@@ -7,6 +7,7 @@ import numpy as np
 
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
+from tiers.conformance.budget import Budget, judge, overall
 from tiers.conformance.certificate import (
     Certificate,
     Conformance,
@@ -20,11 +21,9 @@ from tiers.conformance.findings import (
     Estimate,
     Findings,
     Flips,
-    Judgement,
     Metrics,
     PhaseFindings,
     Tails,
-    Verdict,
     WorstToken,
 )
 from tiers.conformance.scores import PHASES, Phase, Scores
@@ -129,11 +128,10 @@ def make_findings(
     """All of a tier, judged by `BUDGET`."""
     phases = {phase: make_phase(scores[phase], noise.get(phase)) for phase in scores}
     judgements = [
-        _judge(metric, phase, getattr(phases[phase].overall, metric), limit)
-        for phase in phases
-        for metric, limit in BUDGET[phase].items()
+        each
+        for phase, found in phases.items()
+        for each in judge(found.overall, phase, Budget(**BUDGET[phase]), exact=exact)
     ]
-    verdicts = {judgement.verdict for judgement in judgements}
     worst = [
         WorstToken(
             prompt_id=f"reasoning-{i:02}",
@@ -152,19 +150,9 @@ def make_findings(
         exact=exact,
         phases=phases,
         judgements=judgements,
-        verdict=next(each for each in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if each in verdicts),
+        verdict=overall(judgements),
         worst=worst,
         seconds=187.4,
-    )
-
-
-def _judge(metric: str, phase: Phase, estimate: Estimate, limit: float) -> Judgement:
-    verdict = (
-        Verdict.PASS if estimate.high < limit else Verdict.FAIL if estimate.low > limit else Verdict.INCONCLUSIVE
-    )
-    further = 140 if verdict is Verdict.INCONCLUSIVE else None
-    return Judgement(
-        metric=metric, phase=phase, estimate=estimate, budget=limit, verdict=verdict, further_prompts=further
     )
 
 

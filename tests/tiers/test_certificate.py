@@ -143,7 +143,7 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
 def test_lower_bounds_are_never_called_exact(certificate: Certificate, findings: Findings) -> None:
     with pytest.raises(ValidationError, match="lower bounds by the public API"):
         with_predicate(certificate, method="public api")
-    bounds = findings.model_copy(update={"exact": False})
+    bounds = make_findings(*make_measurement(), exact=False)
     with pytest.raises(ValidationError, match="lower bounds by the public API"):
         with_predicate(certificate, findings=bounds)
     assert with_predicate(certificate, findings=bounds, method="public api")["method"] == "public api"
@@ -158,6 +158,13 @@ def test_a_certificate_is_issued_in_utc(certificate: Certificate) -> None:
 def test_a_figure_that_json_cannot_hold_is_refused(certificate: Certificate, findings: Findings) -> None:
     with pytest.raises(ValidationError, match="infinite or no number"):
         with_predicate(certificate, findings=findings.model_copy(update={"seconds": math.inf}))
+
+
+def test_a_pass_of_a_lower_bound_is_refused(certificate: Certificate, findings: Findings) -> None:
+    passed = [each for each in findings.judgements if each.metric == "kl"]
+    assert {each.verdict for each in passed} == {"PASS"}
+    with pytest.raises(ValidationError, match="cannot show that a limit holds"):
+        with_predicate(certificate, method="public api", findings=findings.model_copy(update={"exact": False}))
 
 
 def test_a_tier_as_it_was_measured_has_a_certificate(certificate: Certificate, now: Binding) -> None:

@@ -113,7 +113,7 @@ def only(findings: Findings, phase: Phase) -> Findings:
             "INCONCLUSIVE",
             "Turbo cannot be judged yet",
             r"KL divergence in decode is 0\.\d+ to 0\.\d+ nats; the limit is 0\.012\. That is too "
-            "close to tell: about 140 further prompts would settle it",
+            r"close to tell: about [\d,]+ further prompts would settle it",
         ),
     ],
 )
@@ -129,9 +129,22 @@ def test_the_verdict_comes_first_and_in_words(scale: float, verdict: str, headli
 
 def test_a_budget_that_no_number_of_prompts_settles_says_so(measured: Measured) -> None:
     judgement = measured.certificate.predicate.findings.judgements[0]
-    undecided = judgement.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "further_prompts": None})
+    undecided = judgement.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "why_open": "too close"})
     page = Page(render_report([with_findings(measured, verdict=Verdict.INCONCLUSIVE, judgements=[undecided])]))
     assert "no number of further prompts would settle it" in page.text
+
+
+def test_a_lower_bound_below_its_limit_is_said_to_show_nothing() -> None:
+    page = Page(render_report([Measured(make_certificate(make_findings(*make_measurement(), exact=False)))]))
+    assert re.search(
+        r"KL divergence in decode is at least 0\.00\d+ to 0\.0\d+ nats; the limit is 0\.012\.", page.text
+    )
+    assert page.text.count("A lower bound cannot show that a limit holds") == 1
+    assert "too close to tell" not in page.text
+    worse = Page(render_report([Measured(make_certificate(make_findings(*make_measurement(0.06), exact=False)))]))
+    assert re.search(r"KL divergence in decode is at least 0\.0\d+ to 0\.\d+ nats; the limit", worse.text)
+    assert re.search(r"Rejection rate in decode is \d", worse.text)
+    assert "A lower bound cannot show" not in worse.text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tiers.conformance.findings import Findings, Verdict
+from tiers.conformance.findings import LOWER_BOUNDS, Findings, Verdict
 from tiers.conformance.scores import Phase
 from tiers.errors import CertificateError
 from tiers.manifest import SHORT_DIGEST, Manifest
@@ -101,6 +101,10 @@ class Conformance(_Plain):
     def _says_what_the_method_can(self) -> Self:
         if self.findings.exact != (self.method == "probe"):
             raise ValueError("divergences are exact by the probe, and lower bounds by the public API")
+        if not self.findings.exact and any(
+            each.metric in LOWER_BOUNDS and each.verdict is Verdict.PASS for each in self.findings.judgements
+        ):
+            raise ValueError("a lower bound cannot show that a limit holds")
         return self
 
     @model_validator(mode="after")

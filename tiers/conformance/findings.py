@@ -2,11 +2,17 @@
 
 import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from tiers.conformance.scores import Phase
+
+LOWER_BOUNDS: Final = frozenset({"kl", "tv"})
+"""The metrics of which only a lower bound is known where an engine gives no more than its likeliest tokens."""
+WhyOpen = Literal["too close", "too few prompts", "lower bound"]
+"""Why a judgement is inconclusive: the budget lies in its interval, there is no interval, or its figure is a lower
+bound below the budget, above which the divergence itself may be."""
 
 
 class Verdict(StrEnum):
@@ -37,6 +43,11 @@ class Estimate(_Plain):
     value: float
     low: _Bound
     high: _Bound
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 class Tails(_Plain):
@@ -88,8 +99,16 @@ class Judgement(_Plain):
     estimate: Estimate
     budget: float
     verdict: Verdict
+    why_open: WhyOpen | None = None
+    """Of an inconclusive one, and of no other."""
     further_prompts: int | None = None
     """Of an inconclusive one: about so many more would settle it; None when no number would."""
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if (self.why_open is None) == (self.verdict is Verdict.INCONCLUSIVE):
+            raise ValueError("an inconclusive judgement says why, and no other does")
+        return self
 
 
 class WorstToken(_Plain):
