@@ -27,6 +27,7 @@ from tiers.conformance.findings import (
     WorstToken,
 )
 from tiers.conformance.scores import PHASES, Phase, Scores
+from tiers.conformance.statistics import phase_findings
 from tiers.precision import FP8
 from tiers.tier import TierKind
 from tiers.verification import verify_precision
@@ -156,12 +157,30 @@ def make_findings(
     )
 
 
-def make_measurement(scale: float = 0.0055) -> tuple[dict[Phase, Scores], dict[Phase, Scores]]:
+def make_few_findings(prompts: int = 10, in_group: int = 2, scale: float = 0.0055) -> Findings:
+    """Of so few prompts, so many of each kind and language, by the real statistics: groups without intervals."""
+    phases: dict[Phase, PhaseFindings] = {}
+    names = [place // in_group for place in range(prompts)]
+    for phase, scores in make_measurement(scale, prompts)[0].items():
+        kinds, languages = [KINDS[each] for each in names], [LANGUAGES[each] for each in names]
+        phases[phase] = phase_findings(scores, kinds, languages)
+    judgements = [
+        each for phase, found in phases.items() for each in judge(found.overall, phase, Budget(**BUDGET[phase]))
+    ]
+    return Findings(
+        exact=True, phases=phases, judgements=judgements, verdict=overall(judgements), worst=[], seconds=3
+    )
+
+
+def make_measurement(scale: float = 0.0055, prompts: int = 96) -> tuple[dict[Phase, Scores], dict[Phase, Scores]]:
     """Scores of a tier by phase, decode a little worse than prefill, and those of its noise floor."""
-    scores: dict[Phase, Scores] = {"prefill": make_scores(scale), "decode": make_scores(scale * 1.4, seed=2)}
+    scores: dict[Phase, Scores] = {
+        "prefill": make_scores(scale, prompts),
+        "decode": make_scores(scale * 1.4, prompts, seed=2),
+    }
     noise: dict[Phase, Scores] = {
-        "prefill": make_scores(4e-5, seed=3),
-        "decode": make_scores(6e-5, seed=4),
+        "prefill": make_scores(4e-5, prompts, seed=3),
+        "decode": make_scores(6e-5, prompts, seed=4),
     }
     return scores, noise
 

@@ -4,7 +4,7 @@ import math
 from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from tiers.conformance.scores import Phase
 
@@ -24,7 +24,8 @@ class Verdict(StrEnum):
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Every figure is a number. Copies with other fields are checked again where they become part of another model.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 
 
 def _for_json(bound: float) -> float | str:
@@ -34,15 +35,22 @@ def _for_json(bound: float) -> float | str:
     return bound
 
 
-_Bound = Annotated[float, PlainSerializer(_for_json, when_used="json")]
+_End = Annotated[float, Field(allow_inf_nan=True), PlainSerializer(_for_json, when_used="json")]
 
 
 class Estimate(_Plain):
     """A figure with its 95% interval, from a bootstrap over prompts: unbounded when they are too few for one."""
 
     value: float
-    low: _Bound
-    high: _Bound
+    low: Annotated[_End, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
+    high: Annotated[_End, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
+
+    @model_validator(mode="after")
+    def _has_ends(self) -> Self:
+        # Of no number every comparison is false.
+        if not (-math.inf <= self.low < math.inf and -math.inf < self.high <= math.inf):
+            raise ValueError("an interval begins at a number or -Infinity and ends at a number or Infinity")
+        return self
 
     @property
     def is_bounded(self) -> bool:

@@ -48,7 +48,9 @@ class Shown:
         return f"{'≥ ' if bound and self.name in LOWER_BOUNDS else ''}{sign}{text}".replace("-", "−")
 
     def interval(self, estimate: Estimate) -> str:
-        """From where to where."""
+        """From where to where, if there is one."""
+        if not estimate.is_bounded:
+            return "too few prompts"
         return f"{self.figure(estimate.low, estimate)} to {self.figure(estimate.high, estimate)}"
 
 
@@ -148,7 +150,8 @@ def _are(several: Sequence[object]) -> str:
 
 def number(value: float, estimate: Estimate | None = None) -> str:
     """With three digits that count: the value's own, without zeros at the end, or its estimate's."""
-    most = max(abs(each) for each in ((estimate.low, estimate.value, estimate.high) if estimate else (value,)))
+    beside = (estimate.low, estimate.value, estimate.high) if estimate else (value,)
+    most = max(abs(each) for each in beside if math.isfinite(each))
     if most < _NOTHING:
         return "0"
     text = f"{value:.{min(7, max(0, 2 - math.floor(math.log10(most))))}f}"
