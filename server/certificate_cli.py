@@ -91,7 +91,7 @@ def report(
 
     Example: assay certificate report turbo.json lite.json --output report.html
     """
-    # It brings SciPy and a template engine, for which no other command need wait.
+    # It brings a template engine, for which no other command need wait.
     from tiers.conformance.report import Measured, render_report
 
     page = render_report([Measured(_certificate_in(read(file))) for file in files])

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from tests.tiers.test_statistics import random_scores
 from tiers.conformance.budget import PUBLISHED, Budget, judge, overall
-from tiers.conformance.findings import Estimate, Judgement, Metrics, Tails, Verdict
-from tiers.conformance.statistics import FEWEST_PROMPTS, measure
+from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Judgement, Metrics, Tails, Verdict
+from tiers.conformance.statistics import measure
 from tiers.tier import TierKind
 
 NOTHING = Estimate(value=0, low=0, high=0)

@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
-from tiers.conformance.findings import Estimate, Metrics
+from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Metrics
 from tiers.conformance.scores import Scores
-from tiers.conformance.statistics import FEWEST_PROMPTS, count_flips, measure, phase_findings
+from tiers.conformance.statistics import count_flips, measure, phase_findings
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tiers.conformance.findings import LOWER_BOUNDS, Estimate, Judgement, Metrics, Verdict, WhyOpen
+from tiers.conformance.findings import FEWEST_PROMPTS, LOWER_BOUNDS, Estimate, Judgement, Metrics, Verdict, WhyOpen
 from tiers.conformance.scores import Phase
-from tiers.conformance.statistics import FEWEST_PROMPTS
 from tiers.tier import TierKind
 
 _MOST_FURTHER_PROMPTS = 100_000

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 
 from tiers.conformance.scores import Phase
 
+FEWEST_PROMPTS = 6
+"""With n prompts all lie on one side of their population's median once in 2ⁿ⁻¹ times. From 6 on that is less than
+5%; with fewer, no interval inside the range of the prompts can hold the truth 95% of the time."""
 LOWER_BOUNDS: Final = frozenset({"kl", "tv"})
 """The metrics of which only a lower bound is known where an engine gives no more than its likeliest tokens."""
 WhyOpen = Literal["too close", "too few prompts", "lower bound"]

@@ -15,9 +15,16 @@ from markupsafe import Markup
 
 from tiers.conformance import pictures, wording
 from tiers.conformance.certificate import Certificate
-from tiers.conformance.findings import Estimate, Findings, Judgement, Metrics, PhaseFindings, Verdict
+from tiers.conformance.findings import (
+    FEWEST_PROMPTS,
+    Estimate,
+    Findings,
+    Judgement,
+    Metrics,
+    PhaseFindings,
+    Verdict,
+)
 from tiers.conformance.scores import PHASES, Phase, Scores
-from tiers.conformance.statistics import FEWEST_PROMPTS
 
 _SYMBOLS = {Verdict.PASS: "✓", Verdict.FAIL: "✗", Verdict.INCONCLUSIVE: "?"}
 _WORST = 10

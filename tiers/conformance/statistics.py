@@ -12,14 +12,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import binomtest
 
-from tiers.conformance.findings import Estimate, Flips, Metrics, PhaseFindings, Tails
+from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Flips, Metrics, PhaseFindings, Tails
 from tiers.conformance.scores import Scores
 
 RESAMPLES = 10_000
-FEWEST_PROMPTS = 6
-"""With n prompts all lie on one side of their population's median once in 2ⁿ⁻¹ times. From 6 on that is less than
-5%; with fewer, no interval inside the range of the prompts can hold the truth 95% of the time."""
-
 _SEED = 20_240_731
 _CELLS = 1 << 20  # of a chunk's weights [b, P]: 8 MB
 _MISS = 0.025  # on each side
