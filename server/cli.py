@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | certify | tiers | keys`: an error is one sentence and an exit code."""
+"""`assay serve | plan | build | verify | certify | tiers …`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -13,23 +13,23 @@ import uvloop
 from rich.markup import escape
 
 import kernels
+from server.certificate_cli import certificate_app
+from server.certify_cli import certify
 from server.checkpoints import Checkpoints
 from server.config import ModelConfig, choose_tiers, load_config
-from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, welcome
+from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
 from server.fleet import Fleet
 from server.keys import Keys
 from server.keys_cli import keys_app
 from server.progress import Steps
-from server.tables import certificates_table, parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
+from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
-from tiers.conformance.findings import Verdict
 from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import CARDS, NODE_GPUS, Machine, find_card
 from tiers.manifest import Manifest
 from tiers.placement import alone, check_hardware, together
 from tiers.recipe import recipes
-from tiers.tier import TierKind
 
 app = typer.Typer(
     name="assay",
@@ -38,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(certificate_app, name="certificate")
+app.command()(certify)
 
 
 @app.callback(invoke_without_command=True)
@@ -143,17 +145,13 @@ def plan(
         raise typer.Exit(1)
 
 
-def _tier_names(incomplete: str) -> list[str]:
-    return [kind.value for kind in TierKind if kind.value.lower().startswith(incomplete.lower())]
-
-
 @app.command()
 def build(
     tiers: Annotated[
         list[str] | None,
         typer.Argument(
             help="Reference, Turbo or Lite, or a full name such as Llama-3.1-8B-Instruct-Lite; all by default.",
-            autocompletion=_tier_names,
+            autocompletion=tier_names,
         ),
     ] = None,
     config: ConfigOption = None,
@@ -188,7 +186,7 @@ def build(
 def verify(
     tiers: Annotated[
         list[str] | None,
-        typer.Argument(help="As for `assay build`; all by default.", autocompletion=_tier_names),
+        typer.Argument(help="As for `assay build`; all by default.", autocompletion=tier_names),
     ] = None,
     config: ConfigOption = None,
 ) -> None:
@@ -206,50 +204,6 @@ def verify(
         manifests = asyncio.run(checkpoints.prepare(choose_tiers(settings, tiers)))
     for name, manifest in manifests.items():
         out.print(f"{name}: {len(manifest.files)} files are what their manifest says ({manifest.short_digest})")
-
-
-@app.command()
-def certify(
-    tiers: Annotated[
-        list[str] | None,
-        typer.Argument(help="As for `assay build`; all by default.", autocompletion=_tier_names),
-    ] = None,
-    config: ConfigOption = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few prompts that stand for all, in minutes instead of an hour.")
-    ] = False,
-    sign: Annotated[
-        Path | None, typer.Option(help="A private key, as `assay certificate keygen` makes one.", dir_okay=False)
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure how far tiers are from the reference, and write their certificates and a report.
-
-    Starts the engines as `assay serve` does, has the reference answer the prompts, and walks every tier along the
-    answers: as prompts, and token by token. Exits with 0 if all tiers keep to their budgets, with 1 if one does
-    not, and with 2 if more prompts would be needed to tell.
-
-    Example: assay certify Turbo --quick
-    """
-    # What measures needs libraries for which no other command need wait.
-    from server.certify import Extent, write
-    from server.certify import certify as measure_tiers
-
-    log_to(err)
-    settings = load_config(config)
-    chosen = choose_tiers(settings, tiers)
-    with Steps(err) as steps:
-        measured = asyncio.run(measure_tiers(settings, chosen, Extent.of(quick=quick), steps))
-        written = write(measured, chosen, settings, sign)
-    certificates = [each.certificate for each in measured]
-    if as_json:
-        out.print_json(json.dumps([json.loads(each.canonical) for each in certificates]))
-    else:
-        show(certificates_table(certificates))
-        out.print(f"The report is {written}", soft_wrap=True)
-    verdicts = {each.verdict for each in certificates}
-    if verdicts != {Verdict.PASS}:
-        raise typer.Exit(1 if Verdict.FAIL in verdicts else 2)
 
 
 @app.command()

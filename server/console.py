@@ -16,6 +16,7 @@ from rich.markup import escape
 from server.fleet import Fleet
 from server.tables import show, table
 from tiers.errors import ConfigError
+from tiers.tier import TierKind
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -30,6 +31,11 @@ ConfigOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def tier_names(incomplete: str) -> list[str]:
+    """Grades of tiers that begin so, for a shell to complete."""
+    return [kind.value for kind in TierKind if kind.value.lower().startswith(incomplete.lower())]
 
 
 def log_to(console: Console) -> None:

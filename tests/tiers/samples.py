@@ -7,6 +7,7 @@ import numpy as np
 
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
+from tiers.conformance.budget import Budget, judge, overall
 from tiers.conformance.certificate import (
     Certificate,
     Conformance,
@@ -20,14 +21,13 @@ from tiers.conformance.findings import (
     Estimate,
     Findings,
     Flips,
-    Judgement,
     Metrics,
     PhaseFindings,
     Tails,
-    Verdict,
     WorstToken,
 )
 from tiers.conformance.scores import PHASES, Phase, Scores
+from tiers.conformance.statistics import phase_findings
 from tiers.precision import FP8
 from tiers.tier import TierKind
 from tiers.verification import verify_precision
@@ -129,11 +129,10 @@ def make_findings(
     """All of a tier, judged by `BUDGET`."""
     phases = {phase: make_phase(scores[phase], noise.get(phase)) for phase in scores}
     judgements = [
-        _judge(metric, phase, getattr(phases[phase].overall, metric), limit)
-        for phase in phases
-        for metric, limit in BUDGET[phase].items()
+        each
+        for phase, found in phases.items()
+        for each in judge(found.overall, phase, Budget(**BUDGET[phase]), exact=exact)
     ]
-    verdicts = {judgement.verdict for judgement in judgements}
     worst = [
         WorstToken(
             prompt_id=f"reasoning-{i:02}",
@@ -152,28 +151,36 @@ def make_findings(
         exact=exact,
         phases=phases,
         judgements=judgements,
-        verdict=next(each for each in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS) if each in verdicts),
+        verdict=overall(judgements),
         worst=worst,
         seconds=187.4,
     )
 
 
-def _judge(metric: str, phase: Phase, estimate: Estimate, limit: float) -> Judgement:
-    verdict = (
-        Verdict.PASS if estimate.high < limit else Verdict.FAIL if estimate.low > limit else Verdict.INCONCLUSIVE
-    )
-    further = 140 if verdict is Verdict.INCONCLUSIVE else None
-    return Judgement(
-        metric=metric, phase=phase, estimate=estimate, budget=limit, verdict=verdict, further_prompts=further
+def make_few_findings(prompts: int = 10, in_group: int = 2, scale: float = 0.0055) -> Findings:
+    """Of so few prompts, so many of each kind and language, by the real statistics: groups without intervals."""
+    phases: dict[Phase, PhaseFindings] = {}
+    names = [place // in_group for place in range(prompts)]
+    for phase, scores in make_measurement(scale, prompts)[0].items():
+        kinds, languages = [KINDS[each] for each in names], [LANGUAGES[each] for each in names]
+        phases[phase] = phase_findings(scores, kinds, languages)
+    judgements = [
+        each for phase, found in phases.items() for each in judge(found.overall, phase, Budget(**BUDGET[phase]))
+    ]
+    return Findings(
+        exact=True, phases=phases, judgements=judgements, verdict=overall(judgements), worst=[], seconds=3
     )
 
 
-def make_measurement(scale: float = 0.0055) -> tuple[dict[Phase, Scores], dict[Phase, Scores]]:
+def make_measurement(scale: float = 0.0055, prompts: int = 96) -> tuple[dict[Phase, Scores], dict[Phase, Scores]]:
     """Scores of a tier by phase, decode a little worse than prefill, and those of its noise floor."""
-    scores: dict[Phase, Scores] = {"prefill": make_scores(scale), "decode": make_scores(scale * 1.4, seed=2)}
+    scores: dict[Phase, Scores] = {
+        "prefill": make_scores(scale, prompts),
+        "decode": make_scores(scale * 1.4, prompts, seed=2),
+    }
     noise: dict[Phase, Scores] = {
-        "prefill": make_scores(4e-5, seed=3),
-        "decode": make_scores(6e-5, seed=4),
+        "prefill": make_scores(4e-5, prompts, seed=3),
+        "decode": make_scores(6e-5, prompts, seed=4),
     }
     return scores, noise
 

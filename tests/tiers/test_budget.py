@@ -22,9 +22,11 @@ def metrics(prompts: int = 100, **estimates: Estimate) -> Metrics:
     return Metrics.model_validate({"prompts": prompts, "tokens": 1, "kl_tails": tails, "perplexity": 1, **rest})
 
 
-def judged(value: float, low: float, high: float, budget: float, prompts: int = 100) -> Judgement:
+def judged(
+    value: float, low: float, high: float, budget: float, prompts: int = 100, *, exact: bool = True
+) -> Judgement:
     estimate = Estimate(value=value, low=low, high=high)
-    (only,) = judge(metrics(prompts, kl=estimate), "decode", Budget(kl=budget))
+    (only,) = judge(metrics(prompts, kl=estimate), "decode", Budget(kl=budget), exact=exact)
     assert (only.metric, only.phase, only.estimate, only.budget) == ("kl", "decode", estimate, budget)
     return only
 
@@ -43,6 +45,48 @@ def test_the_whole_interval_must_lie_on_one_side(low: float, high: float, verdic
     found = judged((low + high) / 2, low, high, budget=3)
     assert found.verdict == verdict
     assert (found.further_prompts is not None) == (verdict == "INCONCLUSIVE")
+    assert found.why_open == ("too close" if verdict == "INCONCLUSIVE" else None)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict", "why_open", "is_settled_by_more"),
+    [
+        (2, 1, 2.9, "INCONCLUSIVE", "lower bound", False),
+        (2, 1, 4, "INCONCLUSIVE", "lower bound", False),
+        (2, -math.inf, math.inf, "INCONCLUSIVE", "lower bound", False),
+        (3.5, 2, 4, "INCONCLUSIVE", "too close", True),
+        (3.5, -math.inf, math.inf, "INCONCLUSIVE", "too few prompts", True),
+        (3.5, 3.1, 4, "FAIL", None, False),
+    ],
+)
+def test_a_lower_bound_fails_a_limit_and_never_passes_one(
+    value: float, low: float, high: float, verdict: str, why_open: str | None, is_settled_by_more: bool
+) -> None:
+    found = judged(value, low, high, budget=3, prompts=5, exact=False)
+    assert (found.verdict, found.why_open) == (verdict, why_open)
+    assert (found.further_prompts is not None) == is_settled_by_more
+
+
+def test_what_the_public_api_tells_exactly_is_judged_as_ever() -> None:
+    low = Estimate(value=0.001, low=0.0009, high=0.0011)
+    found = judge(
+        metrics(kl=low, rejection=low, perplexity_gap=low), "decode", PUBLISHED[TierKind.TURBO], exact=False
+    )
+    assert [(each.metric, each.verdict) for each in found] == [
+        ("kl", "INCONCLUSIVE"),
+        ("rejection", "PASS"),
+        ("perplexity_gap", "PASS"),
+    ]
+    assert overall(found) is Verdict.INCONCLUSIVE
+
+
+def test_an_open_judgement_says_why_and_no_other_does() -> None:
+    for verdict, why_open in (("INCONCLUSIVE", None), ("PASS", "too close"), ("FAIL", "lower bound")):
+        with pytest.raises(ValidationError, match="says why"):
+            Judgement.model_validate(
+                {"metric": "kl", "phase": "decode", "estimate": NOTHING, "budget": 1, "verdict": verdict}
+                | {"why_open": why_open}
+            )
 
 
 def test_each_metric_with_a_budget_is_judged_by_its_own() -> None:
@@ -111,6 +155,7 @@ def test_few_prompts_decide_nothing_whatever_they_say() -> None:
     for limit in (1e-9, 0.99):
         found = judge(few, "decode", Budget(kl=limit, rejection=limit, perplexity_gap=limit))
         assert [(each.verdict, each.further_prompts) for each in found] == [("INCONCLUSIVE", 1)] * 3
+        assert {each.why_open for each in found} == {"too few prompts"}
     alone = judge(measure(random_scores(np.random.default_rng(0), 1, 50)), "decode", PUBLISHED[TierKind.TURBO])
     assert overall(alone) is Verdict.INCONCLUSIVE
     assert {each.further_prompts for each in alone} == {FEWEST_PROMPTS - 1}

@@ -9,11 +9,13 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from tests.tiers.samples import make_certificate, make_findings, make_measurement
+from tests.tiers.samples import make_certificate, make_few_findings, make_findings, make_measurement
 from tiers.conformance.certificate import Binding, Certificate, Conformance, Subject, certificate_schema, is_void
 from tiers.conformance.findings import Findings
+from tiers.conformance.signature import sign, verify
 from tiers.errors import CertificateError
 from tiers.manifest import Manifest
 from tiers.precision import FP8, NumberFormat
@@ -143,7 +145,7 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
 def test_lower_bounds_are_never_called_exact(certificate: Certificate, findings: Findings) -> None:
     with pytest.raises(ValidationError, match="lower bounds by the public API"):
         with_predicate(certificate, method="public api")
-    bounds = findings.model_copy(update={"exact": False})
+    bounds = make_findings(*make_measurement(), exact=False)
     with pytest.raises(ValidationError, match="lower bounds by the public API"):
         with_predicate(certificate, findings=bounds)
     assert with_predicate(certificate, findings=bounds, method="public api")["method"] == "public api"
@@ -155,9 +157,65 @@ def test_a_certificate_is_issued_in_utc(certificate: Certificate) -> None:
         with_predicate(certificate, issued=elsewhere)
 
 
-def test_a_figure_that_json_cannot_hold_is_refused(certificate: Certificate, findings: Findings) -> None:
-    with pytest.raises(ValidationError, match="infinite or no number"):
-        with_predicate(certificate, findings=findings.model_copy(update={"seconds": math.inf}))
+def with_kl(findings: Findings, **ends: float) -> Findings:
+    """With another estimate of the KL divergence in decode, which nothing has checked."""
+    found = findings.phases["decode"]
+    kl = found.overall.kl.model_copy(update=ends)
+    changed = found.model_copy(update={"overall": found.overall.model_copy(update={"kl": kl})})
+    return findings.model_copy(update={"phases": {**findings.phases, "decode": changed}})
+
+
+@pytest.mark.parametrize("figure", [math.inf, -math.inf, math.nan])
+def test_a_figure_that_is_no_number_is_refused(
+    certificate: Certificate, findings: Findings, figure: float
+) -> None:
+    for changed in (findings.model_copy(update={"seconds": figure}), with_kl(findings, value=figure)):
+        with pytest.raises(ValidationError, match="should be a finite number"):
+            with_predicate(certificate, findings=changed)
+    with pytest.raises(ValidationError, match="should be a finite number"):
+        with_predicate(certificate, budget={"decode": {"kl": figure}})
+
+
+@pytest.mark.parametrize("ends", [{"low": math.inf}, {"low": math.nan}, {"high": -math.inf}, {"high": math.nan}])
+def test_an_interval_ends_where_one_can(
+    certificate: Certificate, findings: Findings, ends: dict[str, float]
+) -> None:
+    with pytest.raises(ValidationError, match="begins at a number or -Infinity"):
+        with_predicate(certificate, findings=with_kl(findings, **ends))
+
+
+def test_an_interval_of_too_few_prompts_is_stated_signed_and_read(tmp_path: Path) -> None:
+    certificate = make_certificate(make_few_findings())
+    groups = certificate.predicate.findings.phases["decode"].by_language
+    assert {each.prompts for each in groups.values()} == {2}
+    assert not any(each.kl.is_bounded for each in groups.values())
+    assert certificate.predicate.findings.phases["decode"].overall.kl.is_bounded
+
+    written = json.loads(certificate.canonical, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    kl = written["predicate"]["findings"]["phases"]["decode"]["by_language"]["de"]["kl"]
+    assert (kl["low"], kl["high"]) == ("-Infinity", "Infinity")
+    again = Certificate.parse(certificate.canonical)
+    assert again == certificate
+    assert again.canonical == certificate.canonical
+    certificate.write(tmp_path / "few.json")
+    assert Certificate.read(tmp_path / "few.json").digest == certificate.digest
+    key = Ed25519PrivateKey.generate()
+    assert verify(sign(certificate, key), key.public_key()) == certificate
+
+    validator = jsonschema.Draft202012Validator(certificate_schema())
+    validator.validate(written)
+    for wrong in ({"low": "Infinity"}, {"high": "-Infinity"}, {"high": "much"}, {"value": "Infinity"}):
+        original = dict(kl)
+        kl.update(wrong)
+        assert list(validator.iter_errors(written)), wrong
+        kl.update(original)
+
+
+def test_a_pass_of_a_lower_bound_is_refused(certificate: Certificate, findings: Findings) -> None:
+    passed = [each for each in findings.judgements if each.metric == "kl"]
+    assert {each.verdict for each in passed} == {"PASS"}
+    with pytest.raises(ValidationError, match="cannot show that a limit holds"):
+        with_predicate(certificate, method="public api", findings=findings.model_copy(update={"exact": False}))
 
 
 def test_a_tier_as_it_was_measured_has_a_certificate(certificate: Certificate, now: Binding) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiers.samples import make_certificate, make_findings, make_measurement
+from tests.tiers.samples import make_certificate, make_few_findings, make_findings, make_measurement
 from tiers.conformance.certificate import Certificate
 from tiers.conformance.findings import Findings, Verdict
 from tiers.conformance.report import Measured, render_report
 from tiers.conformance.scores import Phase
+from tiers.conformance.wording import BY_NAME
 from tiers.tier import TierKind
 
 SCRIPT = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
@@ -113,7 +114,7 @@ def only(findings: Findings, phase: Phase) -> Findings:
             "INCONCLUSIVE",
             "Turbo cannot be judged yet",
             r"KL divergence in decode is 0\.\d+ to 0\.\d+ nats; the limit is 0\.012\. That is too "
-            "close to tell: about 140 further prompts would settle it",
+            r"close to tell: about [\d,]+ further prompts would settle it",
         ),
     ],
 )
@@ -129,9 +130,57 @@ def test_the_verdict_comes_first_and_in_words(scale: float, verdict: str, headli
 
 def test_a_budget_that_no_number_of_prompts_settles_says_so(measured: Measured) -> None:
     judgement = measured.certificate.predicate.findings.judgements[0]
-    undecided = judgement.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "further_prompts": None})
+    undecided = judgement.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "why_open": "too close"})
     page = Page(render_report([with_findings(measured, verdict=Verdict.INCONCLUSIVE, judgements=[undecided])]))
     assert "no number of further prompts would settle it" in page.text
+
+
+def test_groups_of_too_few_prompts_have_figures_and_no_interval() -> None:
+    findings = make_few_findings()
+    scores = make_measurement(prompts=10)[0]
+    html = render_report([Measured(make_certificate(findings), scores)])
+    page = Page(html)
+    assert re.search(r"\b(?:inf|nan)\b", html, flags=re.IGNORECASE) is None
+    assert page.text.count("with its 95% interval, which fewer than 6 prompts do not have: prefill, decode.") == 2
+    for phase, found in findings.phases.items():
+        for metrics in found.by_language.values():
+            digits = 4 if metrics.kl.value >= 0.01 else 5
+            assert f"{metrics.kl.value:.{digits}f}" in page.text
+        assert BY_NAME["kl"].interval(found.overall.kl) in page.text, "of all prompts there is one"
+        assert f"{phase}: too few prompts" in page.values("title")
+    # Six metrics in two phases have a range, and so has the legend; five kinds and five languages have none.
+    ranges = [each for _, each in page.elements if each.get("class") == "range"]
+    assert len(ranges) == 2 * 6 + 1
+    dots = [each for _, each in page.elements if each.get("class") == "dot"]
+    assert len(dots) == 2 * (6 + 5 + 5) + 1
+    places = [float((each["style"] or "").removeprefix("left:").removesuffix("%")) for each in dots]
+    groups = places[-2 * (5 + 5) :]
+    assert max(groups) == pytest.approx(100 / 1.06, abs=0.1), "what is drawn fills the scale"
+    assert len(set(groups)) == 2 * 5
+
+
+def test_too_few_prompts_for_any_interval_are_one_sentence() -> None:
+    findings = make_few_findings(prompts=4)
+    assert findings.verdict is Verdict.INCONCLUSIVE
+    page = Page(render_report([Measured(make_certificate(findings))]))
+    sentence = "6 of its 6 limits cannot be judged: of so few prompts there is no interval, and at least 2 more"
+    assert page.text.count(sentence) == 1
+    assert "too close to tell" not in page.text
+    assert page.text.count("too few prompts") == 2 * 6 + 4  # in the table, and of the figures at the top
+    assert re.search(r"\b(?:inf|nan)\b", page.text, flags=re.IGNORECASE) is None
+
+
+def test_a_lower_bound_below_its_limit_is_said_to_show_nothing() -> None:
+    page = Page(render_report([Measured(make_certificate(make_findings(*make_measurement(), exact=False)))]))
+    assert re.search(
+        r"KL divergence in decode is at least 0\.00\d+ to 0\.0\d+ nats; the limit is 0\.012\.", page.text
+    )
+    assert page.text.count("A lower bound cannot show that a limit holds") == 1
+    assert "too close to tell" not in page.text
+    worse = Page(render_report([Measured(make_certificate(make_findings(*make_measurement(0.06), exact=False)))]))
+    assert re.search(r"KL divergence in decode is at least 0\.0\d+ to 0\.\d+ nats; the limit", worse.text)
+    assert re.search(r"Rejection rate in decode is \d", worse.text)
+    assert "A lower bound cannot show" not in worse.text
 
 
 @pytest.mark.parametrize(

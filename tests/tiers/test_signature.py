@@ -18,6 +18,7 @@ from tiers.conformance.signature import (
     Signature,
     key_id,
     make_key,
+    read,
     read_private_key,
     read_public_key,
     sign,
@@ -194,3 +195,19 @@ def test_a_key_is_named_by_its_bytes() -> None:
     raw = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
     assert key_id(Ed25519PublicKey.from_public_bytes(raw)) == "21fe31dfa154a261"
     assert PAYLOAD_TYPE == "application/vnd.in-toto+json"
+
+
+def test_a_file_is_read_signed_or_not(certificate: Certificate, envelope: Envelope, tmp_path: Path) -> None:
+    certificate.write(tmp_path / "plain.json")
+    envelope.write(tmp_path / "signed.json")
+    assert read(tmp_path / "plain.json") == certificate
+    assert read(tmp_path / "signed.json") == envelope
+    (tmp_path / "torn.json").write_text('{"payloadType": "application/vnd.in-toto+json"}')
+    with pytest.raises(CertificateError, match=r"torn\.json: This is no signed certificate"):
+        read(tmp_path / "torn.json")
+
+
+def test_what_an_envelope_claims_can_be_shown_without_a_key(certificate: Certificate, envelope: Envelope) -> None:
+    assert envelope.unverified() == certificate
+    with pytest.raises(CertificateError, match="its payload is 'text/plain'"):
+        envelope.model_copy(update={"payload_type": "text/plain"}).unverified()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Judgement, Metrics, Verdict
+from tiers.conformance.findings import FEWEST_PROMPTS, LOWER_BOUNDS, Estimate, Judgement, Metrics, Verdict, WhyOpen
 from tiers.conformance.scores import Phase
 from tiers.tier import TierKind
 
@@ -42,10 +42,15 @@ PUBLISHED: Mapping[TierKind, Budget] = {
 rejection of 7.8% for q4_K_M."""
 
 
-def judge(metrics: Metrics, phase: Phase, budget: Budget) -> list[Judgement]:
-    """Each metric that has a budget: PASS with its whole interval below it, FAIL with all of it above."""
+def judge(metrics: Metrics, phase: Phase, budget: Budget, *, exact: bool = True) -> list[Judgement]:
+    """Each metric that has a budget: PASS with its whole interval below it, FAIL with all of it above.
+
+    Where divergences are not ``exact`` but lower bounds, one above its budget is a FAIL, and one below it says
+    nothing. Rejection and perplexity are exact either way: an engine tells its likeliest token, and how likely the
+    given one is.
+    """
     return [
-        _judge(metric, getattr(metrics, metric), metrics.prompts, phase, limit)
+        _judge(metric, metrics, phase, limit, is_bound=not exact and metric in LOWER_BOUNDS)
         for metric, limit in budget
         if limit is not None
     ]
@@ -59,16 +64,29 @@ def overall(judgements: Sequence[Judgement]) -> Verdict:
     return Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.INCONCLUSIVE
 
 
-def _judge(metric: str, estimate: Estimate, prompts: int, phase: Phase, budget: float) -> Judgement:
-    verdict, further = Verdict.INCONCLUSIVE, None
-    if estimate.high < budget:
-        verdict = Verdict.PASS
-    elif estimate.low > budget:
+def _judge(metric: str, metrics: Metrics, phase: Phase, budget: float, *, is_bound: bool) -> Judgement:
+    estimate: Estimate = getattr(metrics, metric)
+    why_open: WhyOpen | None = None
+    further = None
+    if estimate.low > budget:
         verdict = Verdict.FAIL
+    elif estimate.high < budget and not is_bound:
+        verdict = Verdict.PASS
     else:
-        further = _further_prompts(estimate, prompts, budget)
+        verdict = Verdict.INCONCLUSIVE
+        if is_bound and estimate.value < budget:
+            why_open = "lower bound"  # which more prompts do not change
+        else:
+            why_open = "too close" if estimate.is_bounded else "too few prompts"
+            further = _further_prompts(estimate, metrics.prompts, budget)
     return Judgement(
-        metric=metric, phase=phase, estimate=estimate, budget=budget, verdict=verdict, further_prompts=further
+        metric=metric,
+        phase=phase,
+        estimate=estimate,
+        budget=budget,
+        verdict=verdict,
+        why_open=why_open,
+        further_prompts=further,
     )
 
 
@@ -80,7 +98,7 @@ def _further_prompts(estimate: Estimate, prompts: int, budget: float) -> int | N
     """
     distance = abs(budget - estimate.value)
     reach = estimate.high - estimate.value if estimate.value < budget else estimate.value - estimate.low
-    if math.isinf(reach):
+    if not estimate.is_bounded:
         return FEWEST_PROMPTS - prompts
     if not distance or prompts * (reach / distance) ** 2 > prompts + _MOST_FURTHER_PROMPTS:
         return None

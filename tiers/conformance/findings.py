@@ -2,15 +2,20 @@
 
 import math
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from tiers.conformance.scores import Phase
 
 FEWEST_PROMPTS = 6
 """With n prompts all lie on one side of their population's median once in 2ⁿ⁻¹ times. From 6 on that is less than
 5%; with fewer, no interval inside the range of the prompts can hold the truth 95% of the time."""
+LOWER_BOUNDS: Final = frozenset({"kl", "tv"})
+"""The metrics of which only a lower bound is known where an engine gives no more than its likeliest tokens."""
+WhyOpen = Literal["too close", "too few prompts", "lower bound"]
+"""Why a judgement is inconclusive: the budget lies in its interval, there is no interval, or its figure is a lower
+bound below the budget, above which the divergence itself may be."""
 
 
 class Verdict(StrEnum):
@@ -22,7 +27,8 @@ class Verdict(StrEnum):
 
 
 class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Every figure is a number. Copies with other fields are checked again where they become part of another model.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 
 
 def _for_json(bound: float) -> float | str:
@@ -32,15 +38,27 @@ def _for_json(bound: float) -> float | str:
     return bound
 
 
-_Bound = Annotated[float, PlainSerializer(_for_json, when_used="json")]
+_End = Annotated[float, Field(allow_inf_nan=True), PlainSerializer(_for_json, when_used="json")]
 
 
 class Estimate(_Plain):
     """A figure with its 95% interval, from a bootstrap over prompts: unbounded when they are too few for one."""
 
     value: float
-    low: _Bound
-    high: _Bound
+    low: Annotated[_End, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
+    high: Annotated[_End, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
+
+    @model_validator(mode="after")
+    def _has_ends(self) -> Self:
+        # Of no number every comparison is false.
+        if not (-math.inf <= self.low < math.inf and -math.inf < self.high <= math.inf):
+            raise ValueError("an interval begins at a number or -Infinity and ends at a number or Infinity")
+        return self
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 class Tails(_Plain):
@@ -92,8 +110,16 @@ class Judgement(_Plain):
     estimate: Estimate
     budget: float
     verdict: Verdict
+    why_open: WhyOpen | None = None
+    """Of an inconclusive one, and of no other."""
     further_prompts: int | None = None
     """Of an inconclusive one: about so many more would settle it; None when no number would."""
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if (self.why_open is None) == (self.verdict is Verdict.INCONCLUSIVE):
+            raise ValueError("an inconclusive judgement says why, and no other does")
+        return self
 
 
 class WorstToken(_Plain):

@@ -100,7 +100,7 @@ def by_prompt(scores: Mapping[Phase, Scores], alt: str) -> Markup:
 
 
 def by_position(phases: Mapping[Phase, Mapping[str, Estimate]], alt: str) -> Markup:
-    """Mean KL divergence by where in the answer a token stands, with its interval."""
+    """Mean KL divergence by where in the answer a token stands, with its interval where there is one."""
     figure, axes = _canvas(4.2, 3.2)
     last = {phase: list(ranges.values())[-1].value for phase, ranges in phases.items() if ranges}
     for phase, ranges in phases.items():
@@ -110,7 +110,8 @@ def by_position(phases: Mapping[Phase, Mapping[str, Estimate]], alt: str) -> Mar
         low, mean, high = (
             np.array([getattr(estimate, end) for estimate in ranges.values()]) for end in ("low", "value", "high")
         )
-        axes.fill_between(places, low, high, color=colour, alpha=0.16, linewidth=0)
+        bounded = np.isfinite(low) & np.isfinite(high)
+        axes.fill_between(places, low, high, where=bounded, color=colour, alpha=0.16, linewidth=0)
         axes.plot(places, mean, "o-", color=colour, linewidth=1.8, markersize=4.5)
         axes.annotate(
             phase,

@@ -3,6 +3,7 @@
 Says in words and figures what certificates state; pictures.py draws, report.html.jinja lays out.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,15 @@ from markupsafe import Markup
 
 from tiers.conformance import pictures, wording
 from tiers.conformance.certificate import Certificate
-from tiers.conformance.findings import Estimate, Findings, Judgement, Metrics, PhaseFindings, Verdict
+from tiers.conformance.findings import (
+    FEWEST_PROMPTS,
+    Estimate,
+    Findings,
+    Judgement,
+    Metrics,
+    PhaseFindings,
+    Verdict,
+)
 from tiers.conformance.scores import PHASES, Phase, Scores
 
 _SYMBOLS = {Verdict.PASS: "✓", Verdict.FAIL: "✗", Verdict.INCONCLUSIVE: "?"}
@@ -33,11 +42,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Track:
-    """A line to draw an estimate on: places in percent of its length."""
+    """A line to draw an estimate on: places in percent of its length; no ends where there is no interval."""
 
-    low: float
-    high: float
     value: float
+    low: float | None = None
+    high: float | None = None
     zero: float | None = None
     limit: float | None = None
     noise: float | None = None
@@ -51,9 +60,9 @@ class _Track:
             return round(100 * min(1, max(0, share)), 2)
 
         return cls(
-            low=place(estimate.low),
-            high=place(estimate.high),
             value=place(estimate.value),
+            low=place(estimate.low) if estimate.is_bounded else None,
+            high=place(estimate.high) if estimate.is_bounded else None,
             zero=place(0) if ends[0] < 0 else None,
             limit=None if limit is None else place(limit),
             noise=None if noise is None else place(noise),
@@ -79,6 +88,11 @@ class _Group:
     prompts: int
     estimates: dict[Phase, Estimate]
     tracks: dict[Phase, _Track]
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether each estimate has an interval."""
+        return all(estimate.is_bounded for estimate in self.estimates.values())
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ def render_report(measured: Sequence[Measured]) -> str:
         by_name=wording.BY_NAME,
         symbols=_SYMBOLS,
         worst=_WORST,
+        fewest_prompts=FEWEST_PROMPTS,
     )
 
 
@@ -233,8 +248,8 @@ def _groups(phases: Mapping[Phase, Mapping[str, Metrics]]) -> list[_Group]:
 
 
 def _ends(estimates: Sequence[Estimate], limits: Sequence[float]) -> tuple[float, float]:
-    """Of a scale that holds all of them, and 0."""
-    low = min([0.0, *(estimate.low for estimate in estimates)])
-    high = max([0.0, *(estimate.high for estimate in estimates), *limits])
+    """Of a scale that holds all that is drawn of them, and 0."""
+    drawn = [end for each in estimates for end in (each.low, each.value, each.high) if math.isfinite(end)]
+    low, high = min([0.0, *drawn]), max([0.0, *drawn, *limits])
     room = 0.06 * ((high - low) or 1)
     return (low - room if low < 0 else 0.0, high + room)

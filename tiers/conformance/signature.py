@@ -7,6 +7,7 @@ signature cannot be passed off as one of something else, and verification never 
 import base64
 import binascii
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Self
@@ -62,9 +63,38 @@ class Envelope(BaseModel):
                 "This is no signed certificate: a DSSE envelope has payloadType, payload and signatures."
             ) from error
 
+    @property
+    def text(self) -> str:
+        """Its JSON, as it lies in a file."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
     def write(self, path: Path) -> None:
         """Put it into a file."""
-        path.write_text(self.model_dump_json(by_alias=True, indent=2) + "\n")
+        path.write_text(self.text)
+
+    def unverified(self) -> Certificate:
+        """The certificate inside, whoever wrote it: for showing what it claims, never for trusting it.
+
+        Raises:
+            CertificateError: there is none inside.
+        """
+        return Certificate.parse(_payload(self))
+
+
+def read(path: Path) -> Certificate | Envelope:
+    """What lies in a file: a certificate, signed or not.
+
+    Raises:
+        CertificateError: neither; the sentence names the file.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read ({error.strerror}).") from error
+    try:
+        return Envelope.parse(text) if _looks_signed(text) else Certificate.parse(text)
+    except CertificateError as error:
+        raise CertificateError(f"{path}: {error}") from error
 
 
 def make_key(path: Path) -> Path:
@@ -140,11 +170,7 @@ def verify(envelope: Envelope, key: Ed25519PublicKey) -> Certificate:
     Raises:
         CertificateError: another key's, changed since, or no certificate.
     """
-    if envelope.payload_type != PAYLOAD_TYPE:
-        raise CertificateError(
-            f"This is no signed certificate: its payload is {envelope.payload_type!r}, not {PAYLOAD_TYPE!r}."
-        )
-    payload = _decoded(envelope.payload)
+    payload = _payload(envelope)
     signed = _signed(envelope.payload_type, payload)
     if not any(_fits(key, _decoded(each.sig), signed) for each in envelope.signatures):
         named = [each.keyid for each in envelope.signatures]
@@ -156,6 +182,22 @@ def verify(envelope: Envelope, key: Ed25519PublicKey) -> Certificate:
             "take the signer's public key."
         )
     return Certificate.parse(payload)
+
+
+def _looks_signed(text: bytes) -> bool:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and bool({"payloadType", "payload", "signatures"} & set(fields))
+
+
+def _payload(envelope: Envelope) -> bytes:
+    if envelope.payload_type != PAYLOAD_TYPE:
+        raise CertificateError(
+            f"This is no signed certificate: its payload is {envelope.payload_type!r}, not {PAYLOAD_TYPE!r}."
+        )
+    return _decoded(envelope.payload)
 
 
 def _signed(payload_type: str, payload: bytes) -> bytes:

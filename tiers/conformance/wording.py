@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiers.conformance.certificate import Certificate
-from tiers.conformance.findings import Estimate, Findings, Judgement, Verdict
+from tiers.conformance.findings import LOWER_BOUNDS, Estimate, Findings, Judgement, Verdict
 
 _LANGUAGES = {
     "en": "English",
@@ -36,8 +36,6 @@ class Shown:
     explained: str
     unit: Literal["nats", "%", ""]
     is_signed: bool = False
-    is_bound: bool = False
-    """Whether without the whole vocabulary there is only a lower bound."""
 
     def figure(self, value: float, estimate: Estimate | None = None, *, bound: bool = False) -> str:
         """A value as the page writes it, as finely as the estimate that it belongs to."""
@@ -47,16 +45,18 @@ class Shown:
             text += "%"
         else:
             text = number(value, estimate)
-        return f"{'≥ ' if bound and self.is_bound else ''}{sign}{text}".replace("-", "−")
+        return f"{'≥ ' if bound and self.name in LOWER_BOUNDS else ''}{sign}{text}".replace("-", "−")
 
     def interval(self, estimate: Estimate) -> str:
-        """From where to where."""
+        """From where to where, if there is one."""
+        if not estimate.is_bounded:
+            return "too few prompts"
         return f"{self.figure(estimate.low, estimate)} to {self.figure(estimate.high, estimate)}"
 
 
 METRICS = (
-    Shown("kl", "KL divergence", "how far the two distributions are apart, mean per token", "nats", is_bound=True),
-    Shown("tv", "Total variation", "the share of probability that lies elsewhere, mean", "%", is_bound=True),
+    Shown("kl", "KL divergence", "how far the two distributions are apart, mean per token", "nats"),
+    Shown("tv", "Total variation", "the share of probability that lies elsewhere, mean", "%"),
     Shown("rejection", "Rejection rate", "tokens at which another one is the likeliest", "%"),
     Shown("rms_delta_p", "RMS Δp", "how much the probability of the reference's token moves", "%"),
     Shown("delta_nll", "ΔNLL", "above 0 the tier finds the reference's text less likely", "nats", is_signed=True),
@@ -86,15 +86,36 @@ def explanation(findings: Findings) -> list[str]:
         sentences.append(f"Each of its {total} limits holds, with 95% confidence.")
     if over:
         sentences.append(f"{len(over)} of its {total} limits {_are(over)} exceeded, with 95% confidence.")
-        sentences += [_said(judgement) for judgement in over]
-    for judgement in parts[Verdict.INCONCLUSIVE]:
+        sentences += [_said(judgement, exact=findings.exact) for judgement in over]
+    return [*sentences, *_open(parts[Verdict.INCONCLUSIVE], total, exact=findings.exact), *_in_short(findings)]
+
+
+def _open(inconclusive: Sequence[Judgement], total: int, *, exact: bool) -> list[str]:
+    """Why nothing can be said of these limits, and what would help."""
+    close, few, bounds = (
+        [each for each in inconclusive if each.why_open == why]
+        for why in ("too close", "too few prompts", "lower bound")
+    )
+    sentences = []
+    if few:
+        most = max(each.further_prompts or 0 for each in few)
+        sentences.append(
+            f"{len(few)} of its {total} limits cannot be judged: of so few prompts there is no interval, and at "
+            f"least {most:,} more are needed."
+        )
+    for each in close:
         further = (
-            f"about {judgement.further_prompts:,} further prompts would settle it"
-            if judgement.further_prompts
+            f"about {each.further_prompts:,} further prompts would settle it"
+            if each.further_prompts
             else "no number of further prompts would settle it"
         )
-        sentences.append(f"{_said(judgement)} That is too close to tell: {further}.")
-    return [*sentences, *_in_short(findings)]
+        sentences.append(f"{_said(each, exact=exact)} That is too close to tell: {further}.")
+    sentences += [_said(each, exact=exact) for each in bounds]
+    if bounds:
+        sentences.append(
+            "A lower bound cannot show that a limit holds: that takes the whole vocabulary, inside the engine."
+        )
+    return sentences
 
 
 def _in_short(findings: Findings) -> list[str]:
@@ -112,11 +133,13 @@ def _in_short(findings: Findings) -> list[str]:
     return [f"{same}; the KL divergence is {how_often} times the noise floor."]
 
 
-def _said(judgement: Judgement) -> str:
-    shown = BY_NAME[judgement.metric]
+def _said(judgement: Judgement, *, exact: bool) -> str:
+    shown, estimate = BY_NAME[judgement.metric], judgement.estimate
     unit = " nats" if shown.unit == "nats" else ""
+    figure = shown.interval(estimate) if estimate.is_bounded else shown.figure(estimate.value)
+    at_least = "" if exact or shown.name not in LOWER_BOUNDS else "at least "
     return (
-        f"{shown.spoken} in {judgement.phase} is {shown.interval(judgement.estimate)}{unit}; "
+        f"{shown.spoken} in {judgement.phase} is {at_least}{figure}{unit}; "
         f"the limit is {shown.figure(judgement.budget)}."
     )
 
@@ -127,7 +150,8 @@ def _are(several: Sequence[object]) -> str:
 
 def number(value: float, estimate: Estimate | None = None) -> str:
     """With three digits that count: the value's own, without zeros at the end, or its estimate's."""
-    most = max(abs(each) for each in ((estimate.low, estimate.value, estimate.high) if estimate else (value,)))
+    beside = (estimate.low, estimate.value, estimate.high) if estimate else (value,)
+    most = max(abs(each) for each in beside if math.isfinite(each))
     if most < _NOTHING:
         return "0"
     text = f"{value:.{min(7, max(0, 2 - math.floor(math.log10(most))))}f}"
