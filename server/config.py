@@ -76,7 +76,7 @@ class Config(Patience):
     port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0 takes a free one.")
     home: Path = Field(
         default=Path(".assay"),
-        description="Checkpoints and logs; relative to the working directory. ASSAY_HOME overrides it.",
+        description="Checkpoints, certificates, logs; relative to the working directory. ASSAY_HOME overrides it.",
     )
     keys: Path | None = Field(
         default=None, description="The API keys that `assay keys` writes; by default keys.json in home."
@@ -137,6 +137,11 @@ class Config(Patience):
     def checkpoints(self) -> Path:
         """Where checkpoints lie: a folder a model, in it one a recipe."""
         return self.home / "checkpoints"
+
+    @property
+    def certificates(self) -> Path:
+        """Where certificates lie, one a tier."""
+        return self.home / "certificates"
 
     @property
     def logs(self) -> Path:
