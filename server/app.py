@@ -14,6 +14,7 @@ from server.config import Config
 from server.errors import FieldRefused, Refusal, envelope
 from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
 from server.fleet import Fleet
+from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
 from server.keys import Keys
 from server.metrics import NO_TIER, Metrics
@@ -64,6 +65,7 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
     routes = Routes(fleet.pools)
     admission = Admission(fleet.pools)
     standings = Standings(Certificates(config.certificates))
+    gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
@@ -77,7 +79,7 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         path.path: Endpoint(
             path,
             routes,
-            standings,
+            gate,
             admission,
             metrics,
             body_limit=int(config.body_limit_mib * (1 << 20)),

@@ -27,6 +27,7 @@ from server.call import Call, read_call
 from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
 from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
 from server.forward import Errand, count_prompt, forward
+from server.gate import Gate
 from server.keys import Key
 from server.metrics import NO_TIER, Metrics
 from server.pool import Pool
@@ -123,7 +124,7 @@ class Endpoint:
         self,
         path: Path,
         routes: Routes,
-        standings: Standings,
+        gate: Gate,
         admission: Admission,
         metrics: Metrics,
         *,
@@ -133,7 +134,7 @@ class Endpoint:
     ) -> None:
         self._path = path
         self._routes = routes
-        self._standings = standings
+        self._gate = gate
         self._admission = admission
         self._metrics = metrics
         self._body_limit = body_limit if path.events else min(body_limit, LARGEST_TEXT)
@@ -155,7 +156,9 @@ class Endpoint:
                 pool = self._routes.resolve(call.model)
                 tier = pool.tier.name
                 self._hold_to_tier(call, pool, key)
-                reply.headers += self._tier_headers[pool, self._standings.of(pool).verdict]
+                standing = self._gate.standing(pool)
+                reply.headers += self._tier_headers[pool, standing.verdict]
+                self._gate.check(pool, standing)
                 try:
                     with Watch(reply, self._limits, began, streams=call.streams) as watch:
                         await self._answer(call, body, pool, reply, watch, account, key)
