@@ -9,10 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from server.admission import Admission
+from server.certificates import Certificates
 from server.config import Config
 from server.errors import FieldRefused, Refusal, envelope
 from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
 from server.fleet import Fleet
+from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
 from server.keys import Keys
 from server.metrics import NO_TIER, Metrics
@@ -20,6 +22,7 @@ from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
 from server.request_id import request_id_of
 from server.routing import Routes
+from server.standing import Standings
 from server.tiers_api import tiers_router
 from server.watch import TimeLimits
 
@@ -61,8 +64,11 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
     """The gateway in front of ``fleet``."""
     routes = Routes(fleet.pools)
     admission = Admission(fleet.pools)
+    standings = Standings(Certificates(config.certificates))
+    gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
+        metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
     limits = TimeLimits(
         first_token=config.first_token_timeout_s,
         next_token=config.token_timeout_s,
@@ -73,6 +79,7 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         path.path: Endpoint(
             path,
             routes,
+            gate,
             admission,
             metrics,
             body_limit=int(config.body_limit_mib * (1 << 20)),
@@ -81,10 +88,10 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         )
         for path in PATHS
     }
-    return Gateway(_other_routes(fleet, routes, metrics), endpoints, keys, metrics)
+    return Gateway(_other_routes(fleet, routes, standings, metrics), endpoints, keys, metrics)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, metrics: Metrics) -> FastAPI:
+def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -97,8 +104,8 @@ def _other_routes(fleet: Fleet, routes: Routes, metrics: Metrics) -> FastAPI:
         redirect_slashes=False,  # a path with one too many does not exist, and is told so in the envelope
         generate_unique_id_function=lambda route: route.name,
     )
-    app.include_router(models_router(routes))
-    app.include_router(tiers_router(fleet, routes))
+    app.include_router(models_router(routes, standings))
+    app.include_router(tiers_router(fleet, routes, standings))
     app.include_router(health_router(fleet, metrics))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)

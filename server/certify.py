@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from server.certificates import Certificates
 from server.config import Config, TierConfig
 from server.fleet import Fleet
 from server.measure import AT_ONCE, make_pack, score, worst_tokens
@@ -83,12 +84,11 @@ def write(measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, s
     Raises:
         CertificateError: the key is none.
     """
-    config.certificates.mkdir(parents=True, exist_ok=True)
+    kept = Certificates(config.certificates)
     key = read_private_key(sign) if sign else None
     names = {tier.name: tier for tier in tiers}
     for each in measured:
-        file = config.certificates / f"{names[each.certificate.predicate.tier].slug}.json"
-        each.certificate.write(file)
+        file = kept.save(names[each.certificate.predicate.tier], each.certificate)
         if key is not None:
             sign_certificate(each.certificate, key).write(file.with_suffix(".dsse.json"))
     report = config.certificates / "report.html"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.vitals import Patience
 from tiers.conformance.budget import PUBLISHED, Budget
@@ -80,7 +80,7 @@ class Config(Patience):
     port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0 takes a free one.")
     home: Path = Field(
         default=Path(".assay"),
-        description="Checkpoints and logs; relative to the working directory. ASSAY_HOME overrides it.",
+        description="Checkpoints, certificates, logs; relative to the working directory. ASSAY_HOME overrides it.",
     )
     keys: Path | None = Field(
         default=None, description="The API keys that `assay keys` writes; by default keys.json in home."
@@ -126,7 +126,18 @@ class Config(Patience):
     idle_after_s: float = Field(
         default=60, gt=0, description="How long a tier with `idle: sleep` stays awake after its last request."
     )
+    gate: Literal["enforce", "warn", "off"] = Field(
+        default="warn",
+        description="What becomes of a tier that no certificate says PASS of, as it runs now: enforce refuses its "
+        "requests (503), warn serves it and writes so into the log, off serves it. Every answer says how its tier "
+        "stands in x-assay-certificate, and certificates are made by `assay certify`.",
+    )
     models: tuple[ModelConfig, ...] = Field(default_factory=_embedded, min_length=1, description="What is served.")
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, gate: object) -> object:
+        return "off" if gate is False else gate  # as YAML reads a plain off
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

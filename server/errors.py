@@ -161,6 +161,17 @@ class TierNotVerified(Refusal):
         )
 
 
+class TierNotCertified(Refusal):
+    """No certificate says that the tier, as it runs now, is within its budget, and this server asks for one."""
+
+    status, type, code = 503, "server_error", "tier_not_certified"
+
+    def __init__(self, tier: str, reasons: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{tier} is not served before a certificate says it passes. {reasons[0]} `assay certify` makes one."
+        )
+
+
 class PrecisionNotAvailable(Refusal):
     """The caller pinned a precision that the named tier does not have; no other tier ever answers in its place."""
 

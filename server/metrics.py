@@ -1,12 +1,15 @@
 """What Prometheus scrapes. Labels are tiers and status codes of this server, never anything a caller sent."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import methodcaller
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.answer import Usage
+from tiers.conformance.scores import PHASES, Phase
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 NO_TIER = "none"
@@ -82,6 +85,21 @@ class TierStatus(Protocol):
     @property
     def is_verified(self) -> bool:
         """Whether they compute what is declared."""
+
+
+class CertificateStatus(Protocol):
+    """How a tier stands towards its certificate; None where there is none to say it."""
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it is within its budget, as it runs now."""
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the certificate was issued."""
+
+    def kl(self, phase: Phase) -> float | None:
+        """Its mean KL divergence."""
 
 
 class Metrics:
@@ -162,6 +180,24 @@ class Metrics:
             ["tier"],
             registry=self.registry,
         )
+        self.certified = Gauge(
+            "assay_tier_certified",
+            "1 if a certificate says that the tier, as it runs now, is within its budget.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self.kl = Gauge(
+            "assay_tier_kl",
+            "Mean KL divergence from the reference in the tier's certificate, nats per token; NaN without one.",
+            ["tier", "phase"],
+            registry=self.registry,
+        )
+        self.certificate_age = Gauge(
+            "assay_certificate_age_seconds",
+            "Since the tier's certificate was issued, whether it still holds or not; NaN without one.",
+            ["tier"],
+            registry=self.registry,
+        )
         self.asleep = Gauge(
             "assay_tier_asleep",
             "1 while the tier's engines have given their GPU memory back.",
@@ -209,6 +245,18 @@ class Metrics:
     def watch_queue(self, tier: str, waiting: Callable[[], int]) -> None:
         """Ask how many requests wait whenever it is scraped."""
         self.waiting.labels(tier).set_function(waiting)
+
+    def watch_certificate(self, tier: str, standing: Callable[[], CertificateStatus]) -> None:
+        """Ask how the tier stands whenever it is scraped."""
+
+        def figure(asked: Callable[[CertificateStatus], float | None]) -> Callable[[], float]:
+            # Of a tier without a certificate 0 would say too much, and a series that is missing raises no alarm.
+            return lambda: math.nan if (value := asked(standing())) is None else value
+
+        self.certified.labels(tier).set_function(figure(lambda now: now.has_passed))
+        self.certificate_age.labels(tier).set_function(figure(lambda now: now.age_s))
+        for phase in PHASES:
+            self.kl.labels(tier, phase).set_function(figure(methodcaller("kl", phase)))
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""

@@ -27,11 +27,13 @@ from server.call import Call, read_call
 from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
 from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
 from server.forward import Errand, count_prompt, forward
+from server.gate import Gate
 from server.keys import Key
 from server.metrics import NO_TIER, Metrics
 from server.pool import Pool
 from server.responses_call import ResponsesCall
 from server.routing import Routes
+from server.standing import OUTCOMES, Outcome, Standings
 from server.text_call import ChatCall, CompletionCall, DetokenizeCall, TokenizeCall
 from server.watch import TimeLimits, Watch
 
@@ -122,6 +124,7 @@ class Endpoint:
         self,
         path: Path,
         routes: Routes,
+        gate: Gate,
         admission: Admission,
         metrics: Metrics,
         *,
@@ -131,12 +134,15 @@ class Endpoint:
     ) -> None:
         self._path = path
         self._routes = routes
+        self._gate = gate
         self._admission = admission
         self._metrics = metrics
         self._body_limit = body_limit if path.events else min(body_limit, LARGEST_TEXT)
         self._body_timeout_s = body_timeout_s
         self._limits = limits
-        self._tier_headers = {pool: tier_headers(pool) for pool in routes.pools}
+        self._tier_headers = {
+            (pool, verdict): tier_headers(pool, verdict) for pool in routes.pools for verdict in OUTCOMES
+        }
 
     async def __call__(self, headers: Headers, receive: Receive, reply: Reply, key: Key | None) -> None:
         """Answer one POST, or refuse it."""
@@ -150,7 +156,9 @@ class Endpoint:
                 pool = self._routes.resolve(call.model)
                 tier = pool.tier.name
                 self._hold_to_tier(call, pool, key)
-                reply.headers += self._tier_headers[pool]
+                standing = self._gate.standing(pool)
+                reply.headers += self._tier_headers[pool, standing.verdict]
+                self._gate.check(pool, standing)
                 try:
                     with Watch(reply, self._limits, began, streams=call.streams) as watch:
                         await self._answer(call, body, pool, reply, watch, account, key)
@@ -212,13 +220,14 @@ class Endpoint:
             raise PromptTooLong(pool.tier.name, tokens, most)
 
 
-def tier_headers(pool: Pool) -> Headers:
-    """The headers that say what answered."""
+def tier_headers(pool: Pool, verdict: Outcome) -> Headers:
+    """The headers that say what answered, and how it stands."""
     manifest = pool.manifest
     return [
         (b"x-assay-tier", pool.tier.kind.value.encode()),
         (b"x-assay-precision", manifest.precision.name.encode()),
         (b"x-assay-checkpoint", manifest.short_digest.encode()),
+        (b"x-assay-certificate", verdict.encode()),
     ]
 
 
@@ -232,10 +241,12 @@ class Model(BaseModel):
     tier: str
     precision: str
     checkpoint: str
+    certificate: Outcome
+    """How its tier stands, as `x-assay-certificate` says it."""
     context_length: int
 
     @classmethod
-    def of(cls, name: str, pool: Pool) -> "Model":
+    def of(cls, name: str, pool: Pool, verdict: Outcome) -> "Model":
         """The entry of ``name``, which the tier answers to."""
         return cls(
             id=name,
@@ -243,6 +254,7 @@ class Model(BaseModel):
             tier=pool.tier.kind,
             precision=pool.manifest.precision.name,
             checkpoint=pool.manifest.short_digest,
+            certificate=verdict,
             context_length=pool.context_length,
         )
 
@@ -254,9 +266,12 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def models_router(routes: Routes) -> APIRouter:
+def models_router(routes: Routes, standings: Standings) -> APIRouter:
     """GET /v1/models and /v1/models/{id}."""
     router = APIRouter(tags=["models"])
+
+    def model_of(name: str, pool: Pool) -> Model:
+        return Model.of(name, pool, standings.of(pool).verdict)
 
     @router.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
@@ -264,7 +279,7 @@ def models_router(routes: Routes) -> APIRouter:
         key: Key | None = request.state.key
         pools = {name: routes.resolve(name) for name in routes.names}
         allowed = {name: pool for name, pool in pools.items() if key is None or key.may_use(pool.tier)}
-        return ModelList(data=[Model.of(name, pool) for name, pool in allowed.items()])
+        return ModelList(data=[model_of(name, pool) for name, pool in allowed.items()])
 
     @router.get("/v1/models/{model:path}")
     async def get_model(request: Request, model: str) -> Model:
@@ -273,6 +288,6 @@ def models_router(routes: Routes) -> APIRouter:
         key: Key | None = request.state.key
         if key is not None and not key.may_use(pool.tier):
             raise TierNotAllowed(key.name, pool.tier.name)
-        return Model.of(model, pool)
+        return model_of(model, pool)
 
     return router

@@ -1,8 +1,11 @@
 """What there is to run on: the GPUs of this machine, or of one named, and memory. Knows nothing of models."""
 
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -15,6 +18,9 @@ FP8_CAPABILITY = (8, 9)
 """The compute capability from which on tensor cores multiply FP8: Ada and Hopper."""
 NODE_GPUS = 8
 """What a node of data-centre cards holds; tensor parallelism stays inside one."""
+_CPU_INFO = Path("/proc/cpuinfo")
+_INSTRUCTIONS = {"amx_tile": "amx", "avx512f": "avx512"}
+"""Flags of a CPU by which vLLM chooses its kernels, the first that it has, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,37 @@ def _read(handle: object) -> Gpu:
     )
 
 
+@cache
 def device_class(device: str) -> str:
-    """What chooses the kernels of this machine: engines on machines of one class compute alike."""
-    return device
+    """What chooses the kernels of an engine on this machine: machines of one class compute alike.
+
+    Args:
+        device: what the engine runs on, as it names it: ``cpu``, or a GPU's name.
+
+    Returns:
+        Such as ``x86_64 with amx``, or ``sm_90``. A GPU whose generation cannot be told is a class by itself.
+
+    Raises:
+        PlacementError: there is an NVIDIA driver and it does not answer.
+    """
+    if device == "cpu":
+        flags = _cpu_flags()
+        known = next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), None)
+        return f"{platform.machine()} with {known}" if known else platform.machine()
+    gpus = present_gpus()
+    # A part of a GPU has a name of its own; that of all being of one generation is its too.
+    generations = {gpu.capability for gpu in gpus if gpu.name == device} or {gpu.capability for gpu in gpus}
+    if len(generations) != 1:
+        return device
+    major, minor = generations.pop()
+    return f"sm_{major}{minor}"
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Of the first core, as Linux for x86 lists them; none elsewhere."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())

@@ -17,6 +17,8 @@ from server import errors
 from server.call import FORBIDDEN
 from server.health import OPEN_PATHS
 from server.openapi.operations import OPERATIONS, Operation
+from server.tiers_api import CERTIFICATE_SCHEMA
+from tiers.conformance.certificate import Certificate
 
 Json = dict[str, Any]
 _REF = "#/components/schemas/{model}"
@@ -38,6 +40,7 @@ _HEADERS = {
     "x-assay-tier": "The tier that answered.",
     "x-assay-precision": "Its precision.",
     "x-assay-checkpoint": "The beginning of its checkpoint's digest, which `GET /v1/tiers` has whole.",
+    "x-assay-certificate": "What its certificate says of the tier as it runs now: `pass`, `fail`, or `none`.",
     "x-ratelimit-limit-requests": "Of the caller's key, a minute, where it has such a limit.",
     "x-ratelimit-remaining-requests": "What is left of it.",
     "x-ratelimit-reset-requests": "When all of it is there again.",
@@ -58,7 +61,7 @@ _STATUSES = {
     ),
     401: "A key is needed, or this one is not known.",
     403: "The key is not for this tier.",
-    404: "There is no such model.",
+    404: "There is no such model, or no certificate of it.",
     408: "The body did not come in time.",
     413: "The body is too large; it was not read to its end.",
     422: "The request is right, and the engine cannot do it.",
@@ -114,7 +117,7 @@ class Document:
                 _tell_errors(operation, path)
         made["paths"] |= {each.path: {"post": self._tell(each)} for each in OPERATIONS}
         made["components"] = {
-            "schemas": schemas | _schemas(),
+            "schemas": schemas | _schemas() | _certificate(),
             "responses": {str(status): _error(status) for status in _STATUSES},
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()
@@ -184,6 +187,14 @@ def _schemas() -> Json:
     ]
     schemas: Json = models_json_schema([*asked, *told], ref_template=_REF)[1]["$defs"]  # type: ignore[list-item]
     return schemas
+
+
+def _certificate() -> Json:
+    """A certificate as it is written, where `GET /v1/tiers` tells some of the same with words added."""
+    of_its_own = _REF.format(model=f"{CERTIFICATE_SCHEMA}.{{model}}")
+    schemas: Json = models_json_schema([(Certificate, "validation")], ref_template=of_its_own)[1]["$defs"]
+    whole = schemas.pop(Certificate.__name__)
+    return {CERTIFICATE_SCHEMA: whole} | {f"{CERTIFICATE_SCHEMA}.{name}": each for name, each in schemas.items()}
 
 
 def _event(model: type[BaseModel], last: str | None) -> Json:

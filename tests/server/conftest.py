@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 from aiohttp import web
 
+import server.certificates
 from server.app import Gateway as App
 from server.app import build_app
 from server.checkpoints import Checkpoints
@@ -31,9 +32,9 @@ from server.state import State
 from server.turns import Turns
 from server.vitals import Patience, Vitals
 from tiers.catalog import ModelShape
-from tiers.manifest import Manifest
+from tiers.manifest import FileEntry, Manifest
 from tiers.source import EMBEDDED_MODEL
-from tiers.tier import TierKind
+from tiers.tier import Tier, TierKind
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,6 +43,7 @@ class FakeEngineReplica(Replica):
     """A replica whose engine is a handler of the test."""
 
     def connect(self, url: str) -> None:
+        self.url = url
         self._engine = Engine(self.tier.name, url, "key", None)
         self.state = State.READY
 
@@ -196,9 +198,11 @@ class Gateway:
         return value
 
 
-def fake_replica(config: Config, metrics: Metrics, number: int = 1, of: int = 1) -> FakeEngineReplica:
-    """One of the first tier's, without an engine yet."""
-    tier = config.tiers[0]
+def fake_replica(
+    config: Config, metrics: Metrics, number: int = 1, of: int = 1, tier: Tier | None = None
+) -> FakeEngineReplica:
+    """One of the first tier's, or of another's, without an engine yet."""
+    tier = tier or config.tiers[0]
     manifest = Manifest(
         model=tier.model,
         recipe=tier.recipe.name,
@@ -210,7 +214,10 @@ def fake_replica(config: Config, metrics: Metrics, number: int = 1, of: int = 1)
         bits_per_weight=16,
         versions={},
         created=datetime.now(UTC),
-        files={},
+        files={
+            "tokenizer.json": FileEntry(sha256="3d" * 32, size=1),
+            "chat_template.jinja": FileEntry(sha256="4c" * 32, size=1),
+        },
     )
     return FakeEngineReplica(
         tier,
@@ -264,3 +271,9 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
 async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
     async with running_gateway(tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the files at every request."""
+    monkeypatch.setattr(server.certificates, "LOOK_EVERY_S", 0)

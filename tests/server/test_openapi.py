@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from aiohttp import web
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ from server.openai import PATHS
 from server.openapi import chat, completions, parts, responses, tokens
 from server.openapi.operations import OPERATIONS, Operation
 from tests.server.conftest import Gateway, running_gateway
+from tests.server.test_certificates import runs, save
 
 Json = dict[str, Any]
 CHAT, TEXT = "openai/chat_completion/protocol.py", "openai/completion/protocol.py"
@@ -63,12 +65,15 @@ OURS = {"precision", "error"}
 
 @pytest.fixture(scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
-    async with running_gateway(tmp_path_factory.mktemp("gateway")) as made:
+    home = tmp_path_factory.mktemp("gateway")
+    async with running_gateway(home) as made:
 
         async def answers(request: web.Request) -> web.Response:
             return web.Response(body=b'{"choices":[]}', content_type="application/json")
 
         made.handler = answers
+        runs(made.replica)
+        save(home, made.replica)
         yield made
 
 
@@ -224,6 +229,23 @@ def kinds_of(kind: type[Refusal]) -> Iterator[type[Refusal]]:
         if each.__module__.startswith("server."):
             yield each
         yield from kinds_of(each)
+
+
+async def test_a_certificate_is_documented_as_it_is_written(served: Gateway, document: Json) -> None:
+    path = "/v1/tiers/{model}/certificate"
+    told = document["paths"][path]["get"]["responses"]
+    schema = told["200"]["content"]["application/json"]["schema"]
+    assert "`no_certificate`" in document["components"]["responses"]["404"]["description"]
+    answer = await served.post(b"", path=path.format(model=served.replica.tier.name), method="GET")
+    validator = jsonschema.Draft202012Validator(schema | {"components": document["components"]})
+    written = json.loads(answer.body)
+    validator.validate(written)
+    assert list(validator.iter_errors(written | {"more": 1}))
+    written["predicate"]["findings"]["phases"]["decode"]["overall"]["kl"] = None
+    assert list(validator.iter_errors(written))
+    # What /v1/tiers tells of the same has its words added, which no certificate holds.
+    formats = [document["components"]["schemas"][name] for name in ("NumberFormat", "Certificate.NumberFormat")]
+    assert ["text" in each["properties"] for each in formats] == [True, False]
 
 
 def test_nobody_is_promised_fastapis_own_error(document: Json) -> None:

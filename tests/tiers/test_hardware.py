@@ -1,13 +1,15 @@
 """GPUs are counted as the operator counts them; the driver is a stand-in."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pynvml
 import pytest
 
 import tiers.hardware
 from tiers.errors import ConfigError, PlacementError
-from tiers.hardware import CARDS, Machine, find_card, present_gpus
+from tiers.hardware import CARDS, Machine, device_class, find_card, present_gpus
 
 GIB = 1 << 30
 
@@ -145,3 +147,55 @@ def test_an_unknown_card_is_answered_with_those_there_are() -> None:
 
 def test_cards_are_listed_from_the_smallest() -> None:
     assert [card.memory for card in CARDS] == sorted(card.memory for card in CARDS)
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 avx512f amx_tile\n\nflags\t\t: fpu\n", "x86_64 with amx"),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", "x86_64 with avx512"),
+        ("vmx flags\t: amx_tile\nflags\t\t: fpu avx2 notavx512f\n", "x86_64"),
+        ("Features\t: fp asimd\n", "x86_64"),
+        (None, "x86_64"),
+    ],
+)
+def test_a_cpu_is_of_a_class_by_its_instructions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, info: str | None, expected: str
+) -> None:
+    device_class.cache_clear()
+    monkeypatch.setattr(tiers.hardware, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    if info is not None:
+        (tmp_path / "cpuinfo").write_text(info)
+    assert device_class("cpu") == expected
+    device_class.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "expected"),
+    [
+        (THREE, "NVIDIA H200", "sm_90"),
+        (THREE, "NVIDIA L4", "sm_89"),
+        (THREE, "NVIDIA H200 MIG 1g.18gb", "NVIDIA H200 MIG 1g.18gb"),
+        (THREE[2:], "NVIDIA H200 MIG 1g.18gb", "sm_90"),
+        ((("NVIDIA B300", 268, (10, 3), "GPU-1"),), "NVIDIA B300", "sm_103"),
+        ((), "NVIDIA H200", "NVIDIA H200"),
+    ],
+)
+def test_a_gpu_is_of_a_class_by_its_generation(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[Any, ...], device: str, expected: str
+) -> None:
+    device_class.cache_clear()
+    install(monkeypatch, Nvml(*gpus))
+    assert device_class(device) == expected
+    device_class.cache_clear()
+
+
+def test_a_class_that_cannot_be_told_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_class.cache_clear()
+    install(monkeypatch, Nvml(error=pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)))
+    with pytest.raises(PlacementError, match="does not answer"):
+        device_class("NVIDIA H200")
+    install(monkeypatch, Nvml(*THREE))
+    assert device_class("NVIDIA H200") == "sm_90"
+    device_class.cache_clear()
