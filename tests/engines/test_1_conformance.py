@@ -20,7 +20,7 @@ from tiers.manifest import Manifest
 
 pytestmark = pytest.mark.timeout(1200)
 REFERENCE = CHECKPOINTS / MODEL / "bf16"
-TOKENS = 24
+TOKENS = 16
 
 
 def silent(text: str) -> None:
@@ -55,7 +55,7 @@ def engines(assay: Server) -> Engines:
 @pytest.fixture(scope="module")
 def pack(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """Of a few short prompts in several languages."""
-    prompts = [prompt for prompt in load_prompts(quick=True) if prompt.kind in ("chat", "knowledge")]
+    prompts = [prompt for prompt in load_prompts(quick=True) if prompt.kind in ("chat", "knowledge")][:4]
     folder = tmp_path_factory.mktemp("pack")
     manifest = Manifest.read(REFERENCE)
 
@@ -94,7 +94,7 @@ def test_a_pack_is_read_back_as_it_was_written(pack: Pack) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("tier", ["Reference", "Lite"])
+@pytest.mark.parametrize("tier", ["Lite"])
 def test_the_numbers_are_those_of_the_captured_distributions(
     engines: Engines, pack: Pack, tmp_path: Path, tier: str, phase: Phase
 ) -> None:

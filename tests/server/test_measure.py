@@ -15,6 +15,7 @@ from server.measure import make_pack, score, worst_tokens
 from tests.server.conftest import Gateway, running_gateway
 from tiers.conformance.pack import Pack, PackError
 from tiers.conformance.prompts import load_prompts
+from tiers.conformance.scores import PHASES, Phase, Scores
 from tiers.manifest import FileEntry, Manifest
 
 PROMPTS = load_prompts(quick=True)[:3]
@@ -129,9 +130,8 @@ async def test_a_sequence_that_fails_ends_the_measurement(
 async def test_the_worst_tokens_are_shown_once_and_in_their_context(
     gateway: Gateway, pack: Pack, checkpoint: Path
 ) -> None:
-    scores = {
-        phase: await score(gateway.replica.engine, pack, checkpoint, phase, say=silent)
-        for phase in ("prefill", "decode")
+    scores: dict[Phase, Scores] = {
+        phase: await score(gateway.replica.engine, pack, checkpoint, phase, say=silent) for phase in PHASES
     }
     scores["decode"].kl[3] = 5.0
     worst = await worst_tokens(gateway.replica.engine, "m", pack, scores, count=4)
