@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
+CERTIFIED = "tests/engines/test_5_certify.py::test_a_tier_is_certified_signed_checked_and_shown"
 RUN_BY = {
     "make serve": "tests/engines/conftest.py::assay",
     "make test": ".ci/run::make test",
@@ -33,6 +34,10 @@ RUN_BY = {
     ".venv/bin/assay build --config deploy/llama-3.1-8b.yaml": (
         "tests/engines/test_0_start.py::test_llama_without_the_hub_is_a_sentence"
     ),
+    ".venv/bin/assay certify --quick": CERTIFIED,
+    ".venv/bin/assay certify Turbo --quick --sign key.pem": CERTIFIED,
+    ".venv/bin/assay certificate keygen key.pem": CERTIFIED,
+    ".venv/bin/assay certificate verify": CERTIFIED,
     ".venv/bin/assay verify": "tests/server/test_cli.py::test_verifying_reads_all_of_it_and_counts_the_files",
     ".venv/bin/assay build --list": "tests/server/test_cli.py::test_the_recipes_are_described",
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",

@@ -81,7 +81,7 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "plan", "build", "verify", "tiers", "keys add", "keys list", "keys remove"]
+    "command", ["serve", "plan", "build", "verify", "certify", "tiers", "keys add", "keys list", "keys remove"]
 )
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(*command.split(), "--help")
