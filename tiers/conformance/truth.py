@@ -5,6 +5,7 @@ whose hidden states are those of Transformers.
 """
 
 import argparse
+import copy
 import importlib.metadata
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tiers.conformance.pack import Pack
+from tiers.conformance.pack import Answer, Pack
 
 
 @torch.inference_mode()
@@ -25,13 +26,21 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
         folder: where the new pack is to be.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for number, answer in enumerate(pack.answers, 1):
-        print(f"{number} of {len(pack.answers)} answers", flush=True)
-        tokens = torch.tensor([[*answer.prompt, *answer.answer[:-1]]])
-        hidden = model.model(tokens).last_hidden_state[0, len(answer.prompt) - 1 :]
-        file = folder / answer.hidden
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": hidden.contiguous()}, file)
+    prompts: dict[tuple[int, ...], list[Answer]] = {}
+    for answer in pack.answers:
+        prompts.setdefault(tuple(answer.prompt), []).append(answer)
+    for number, (prompt, answers) in enumerate(prompts.items(), 1):
+        print(f"{number} of {len(prompts)} prompts", flush=True)
+        read = model.model(torch.tensor([prompt]), use_cache=True)
+        for answer in answers:
+            hidden = read.last_hidden_state[0, -1:]
+            if rest := answer.answer[:-1]:
+                cache = copy.deepcopy(read.past_key_values)  # it grows with what is read
+                further = model.model(torch.tensor([rest]), past_key_values=cache, use_cache=True)
+                hidden = torch.cat([hidden, further.last_hidden_state[0]])
+            file = folder / answer.hidden
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": hidden.contiguous()}, file)
     version = importlib.metadata.version("transformers")
     return Pack.write(
         folder,
@@ -44,7 +53,7 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
 
 
 def main() -> None:
-    """Do it; progress goes to standard output, a line an answer."""
+    """Do it; progress goes to standard output, a line a prompt."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", type=Path)
     parser.add_argument("checkpoint", type=Path)
