@@ -90,10 +90,12 @@ class Faults:
         blocks = dict(self._blocks())
         if {self._middle - 1, self._middle} <= set(blocks):
             one, other = (blocks[self._middle - back].mlp.down_proj for back in (1, 0))
-            if hasattr(one, "weight_scale"):
-                theirs = other.weight_scale.data.clone()
-                self._fill(other.weight_scale.data, one.weight_scale.data)
-                self._fill(one.weight_scale.data, theirs)
+            for name in ("weight_scale", "weight_scale_inv"):  # the latter of blocks
+                if hasattr(one, name):
+                    ours, theirs = getattr(one, name).data, getattr(other, name).data
+                    before = theirs.clone()
+                    self._fill(theirs, ours)
+                    self._fill(ours, before)
 
     def _shift_positions(self) -> None:
         for rope in self._modules(RotaryEmbeddingBase):
