@@ -14,10 +14,10 @@ from tiers.conformance.scores import Phase, Scores
 
 ALPHA = 0.001
 """How likely a sound engine may be to be taken for a broken one, over all metrics, phases and looks together."""
-MARGIN = 0.1
+MARGIN = 0.05
 """By how much, relative to what it was, a divergence may be larger: an engine computes a little differently with
-other neighbours in its steps."""
-SLOPE_MARGIN = 0.005
+other neighbours in its steps; the mean KL of an unbroken one moved by less than 1%."""
+SLOPE_MARGIN = 0.003
 """By how much an engine may be more or less certain than it was, as a factor of its logits less 1."""
 _LOOKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """After how many tokens of each answer the test is made."""
