@@ -55,7 +55,7 @@ FAULTS = (
     Fault("rounded-twice", "FP8 weights rounded again, to scales that are powers of two"),
     Fault("logits-scaled", f"logits times {LOGITS_SCALE}"),
     Fault("top-p-ignored", "the sampler does not see top_p", "nucleus"),
-    Fault("end-mistaken", "each token that ends an answer is taken for the one after it", "end"),
+    Fault("end-mistaken", "answers end at the token after the last that ends one, and at no other", "end"),
 )
 BY_NAME = {fault.name: fault for fault in FAULTS}
 

@@ -50,9 +50,10 @@ class Front:
 
     def _end(self) -> None:
         processor = self._engine.input_processor
-        first = processor.renderer.get_eos_token_id()
-        self._put(processor.renderer, "get_eos_token_id", lambda: first + 1)
         told = processor.generation_config_fields
-        if (ends := told.get("eos_token_id")) is not None:
-            wrong = ends + 1 if isinstance(ends, int) else [end + 1 for end in ends]
-            self._put(processor, "generation_config_fields", {**told, "eos_token_id": wrong})
+        ends = told.get("eos_token_id") or []
+        # The tokenizer's own need not be among those: beyond all of them, or it would stand in for one.
+        every = [processor.renderer.get_eos_token_id(), *([ends] if isinstance(ends, int) else ends)]
+        wrong = max(every) + 1
+        self._put(processor.renderer, "get_eos_token_id", lambda: wrong)
+        self._put(processor, "generation_config_fields", {**told, "eos_token_id": wrong})
