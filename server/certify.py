@@ -63,7 +63,7 @@ async def certify(config: Config, wanted: Sequence[Tier], extent: Extent, steps:
     Raises:
         AssayError: a tier cannot be started or measured.
     """
-    async with running_engines(_only(config, wanted), steps) as fleet:
+    async with running_engines(only(config, wanted), steps) as fleet:
         measured = []
         for model in dict.fromkeys(tier.model for tier in wanted):
             kinds = [tier.kind for tier in wanted if tier.model == model]
@@ -96,8 +96,8 @@ def write(measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, s
     return report
 
 
-def _only(config: Config, wanted: Sequence[Tier]) -> Config:
-    """With the tiers that are needed, and one engine each."""
+def only(config: Config, wanted: Sequence[Tier]) -> Config:
+    """With the wanted tiers and their references, and one engine each."""
     models = []
     for model in config.models:
         kinds = {tier.kind for tier in wanted if tier.model == model.name}

@@ -23,6 +23,12 @@ def certify(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few prompts that stand for all, in minutes instead of an hour.")
     ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Plant faults in engines of their own, and see that each is found.")
+    ] = False,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="How often the self-test measures the unbroken engine again.")
+    ] = 3,
     sign: Annotated[
         Path | None, typer.Option(help="A private key, as `assay certificate keygen` makes one.", dir_okay=False)
     ] = None,
@@ -42,6 +48,10 @@ def certify(
 
     log_to(err)
     settings = load_config(config)
+    if self_test:
+        from server.self_test_cli import self_test_command
+
+        raise typer.Exit(self_test_command(settings, repeats=repeats, as_json=as_json))
     chosen = choose_tiers(settings, tiers)
     with Steps(err) as steps:
         measured = asyncio.run(measure_tiers(settings, chosen, Extent.of(quick=quick), steps))

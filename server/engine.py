@@ -12,13 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.launch.local import LocalProcess
 from server.upstream import IDLE_S, Upstream
+from tiers.conformance.faults import FaultName, Planting
 from tiers.conformance.pack import Answer
 from tiers.conformance.prompts import Prompt
 from tiers.conformance.sequence import Scored
 from tiers.conformance.sequence import Sequence as Walk
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
-from tiers.probe.reading import READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
+from tiers.probe.reading import FAULT_ROUTE, READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 300.0
@@ -182,6 +183,27 @@ class Engine:
             prompt=said["prompt_token_ids"],
             answer=said["choices"][0]["token_ids"],
         )
+
+    async def completion(self, model: str, prompt: Sequence[int], **fields: Any) -> dict[str, Any]:
+        """Its continuation of these tokens: a choice as vLLM gives it, with token ids.
+
+        Raises:
+            EngineNotStarted: it gives none.
+        """
+        ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        body = {"model": model, "prompt": [*prompt], **ids, **fields}
+        said = json.loads(await self._ask("POST", "/v1/completions", "a prompt", body))
+        choice: dict[str, Any] = said["choices"][0]
+        return choice
+
+    async def plant(self, fault: FaultName | None) -> int:
+        """Break it so and not otherwise, or mend it; in how many places, none where it has no such part.
+
+        Raises:
+            EngineNotStarted: it was not started to be broken, or this could not be done.
+        """
+        body = Planting(fault=fault).model_dump()
+        return int(await self._ask("POST", FAULT_ROUTE, f"having {fault or 'nothing'} planted", body))
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.

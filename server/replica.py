@@ -53,6 +53,7 @@ class Replica:
         start_locks: tuple[asyncio.Lock, ...] = (),
         turns: Turns | None = None,
         patience: Patience | None = None,
+        takes_faults: bool = False,
     ) -> None:
         self.tier = tier
         self.name = f"{tier.name} ({number} of {of})" if of > 1 else tier.name
@@ -69,6 +70,7 @@ class Replica:
         self._metrics = metrics
         self._start_timeout_s = start_timeout_s
         self._start_locks = start_locks
+        self._takes_faults = takes_faults
         self.turns = turns
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
@@ -119,7 +121,8 @@ class Replica:
         self.verified = None
         began = time.monotonic()
         self._due = began + self._last_start_s
-        command = engine_command(self.tier, self._backend, free_port(), secrets.token_urlsafe(32))
+        port, key = free_port(), secrets.token_urlsafe(32)
+        command = engine_command(self.tier, self._backend, port, key, takes_faults=self._takes_faults)
         self._failed.clear()
         self._engine = await Engine.launch(self.name, command, self.log_file)
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
@@ -287,7 +290,9 @@ class Replica:
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
         shape = ModelShape.read(self.tier.checkpoint)
-        self.verified = verify_precision(self.manifest.precision, await engine.readings(), shape)
+        self.verified = verify_precision(
+            self.manifest.precision, await engine.readings(), shape, takes_faults=self._takes_faults
+        )
         if not self.verified.agrees:
             raise PrecisionRefused(self.name, self.verified.disagreements)
 

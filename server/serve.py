@@ -94,13 +94,17 @@ def _with_room(config: Config) -> Config:
 
 
 @asynccontextmanager
-async def running_engines(config: Config, steps: Steps, *, build: bool = True) -> AsyncIterator[Fleet]:
+async def running_engines(
+    config: Config, steps: Steps, *, build: bool = True, takes_faults: bool = False
+) -> AsyncIterator[Fleet]:
     """Every tier's engines, started and verified, with no gateway in front; ended with the block.
+
+    With ``takes_faults`` they are such as can be broken, for the self-test.
 
     Raises:
         AssayError: into the block; nothing is left running.
     """
-    fleet, _ = await _prepare(config, backend_of(config), steps, build=build)
+    fleet, _ = await _prepare(config, backend_of(config), steps, build=build, takes_faults=takes_faults)
     try:
         await _start_engines(fleet.replicas, steps)
         yield fleet
@@ -113,7 +117,9 @@ def backend_of(config: Config) -> Backend:
     return installed_backend() if config.backend == "auto" else config.backend
 
 
-async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: bool) -> tuple[Fleet, Metrics]:
+async def _prepare(
+    config: Config, backend: Backend, steps: Steps, *, build: bool, takes_faults: bool = False
+) -> tuple[Fleet, Metrics]:
     """Check everything, build what is missing, and lay out the replicas; no engine is started."""
     tiers = config.tiers
     for tier in tiers:
@@ -142,6 +148,7 @@ async def _prepare(config: Config, backend: Backend, steps: Steps, *, build: boo
             start_locks=_start_locks(engine, backend, locks),
             turns=turns.get((engine.name, engine.resources.gpus)),
             patience=config,
+            takes_faults=takes_faults,
         )
 
     pools = [

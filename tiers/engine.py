@@ -10,6 +10,7 @@ from typing import Literal
 
 from tiers.errors import ConfigError
 from tiers.hardware import GIB
+from tiers.probe.reading import MAY_PLANT
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
@@ -65,8 +66,17 @@ def installed_backend() -> Backend:
     raise ConfigError("vLLM is not installed in this environment: run `make install`.")
 
 
-def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> EngineCommand:
+def engine_command(
+    tier: Tier, backend: Backend, port: int, api_key: str, *, takes_faults: bool = False
+) -> EngineCommand:
     """The command that serves ``tier`` on a loopback port, to nobody but the holder of ``api_key``.
+
+    Args:
+        tier: what to serve.
+        backend: where.
+        port: on 127.0.0.1.
+        api_key: what the holder shows.
+        takes_faults: whether the engine is there to be broken, for the self-test.
 
     Raises:
         ConfigError: ``engine_args`` names an argument that Assay sets itself.
@@ -110,6 +120,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:
         options["gpu-memory-utilization"] = resources.gpu_memory
+    if takes_faults:
+        options["enforce-eager"] = True  # in a compiled graph nothing can be exchanged
     if resources.max_output_tokens is not None:
         # The least of this, of what is asked for and of what the prompt leaves counts (vLLM's get_max_tokens). The
         # checkpoint's own generation_config.json is read as ever: this one field is laid over it.
@@ -132,7 +144,8 @@ def engine_command(tier: Tier, backend: Backend, port: int, api_key: str) -> Eng
             arguments.append(f"--no-{name}")
         else:
             arguments.append(f"--{name}={value}")
-    return EngineCommand(tuple(arguments), _environment(tier, backend, api_key), port, api_key)
+    environment = _environment(tier, backend, api_key) | {MAY_PLANT: "1" if takes_faults else "0"}
+    return EngineCommand(tuple(arguments), environment, port, api_key)
 
 
 def _positive(name: str, value: Option) -> tuple[str, Option]:

@@ -39,7 +39,7 @@ class VerifiedPrecision(BaseModel):
 
 
 def verify_precision(
-    declared: Precision, readings: Sequence[EngineReading], shape: ModelShape
+    declared: Precision, readings: Sequence[EngineReading], shape: ModelShape, *, takes_faults: bool = False
 ) -> VerifiedPrecision:
     """Compare every layer of every worker with the declaration.
 
@@ -47,6 +47,7 @@ def verify_precision(
         declared: what the checkpoint's manifest promises.
         readings: one of each worker, of all pipeline stages.
         shape: of the model, which says what layers there must be.
+        takes_faults: whether the engine was started to be broken.
     """
     problems = [*_missing_layers(readings, shape), *_wrong_layers(declared, readings)]
     attention = [each for reading in readings for each in reading.attention]
@@ -56,6 +57,8 @@ def verify_precision(
     problems += _wrong("head", declared.head, heads) + _wrong("embedding", IN_BF16, embeddings)
     if len({(reading.vllm, reading.torch, reading.device) for reading in readings}) > 1:
         problems.append("the workers differ in their versions or devices")
+    if any(reading.takes_faults for reading in readings) and not takes_faults:
+        problems.append("faults can be planted in the engine, which only the self-test may start so")
     quantized = [layer for reading in readings for layer in reading.layers if not _is_kept(declared, layer)]
     first = readings[0]
     return VerifiedPrecision(

@@ -140,6 +140,15 @@ def test_the_cpu_engine_computes_what_the_tier_says() -> None:
     assert environment["VLLM_PLUGINS"] == "assay"
 
 
+def test_only_the_self_test_starts_an_engine_that_can_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASSAY_PLANT_FAULTS", "1")
+    assert engine_command(tier(), "cuda", 1, "k").environment["ASSAY_PLANT_FAULTS"] == "0", "whoever set it"
+    assert "--enforce-eager" not in engine_command(tier(), "cuda", 1, "k").arguments
+    broken = engine_command(tier(), "cuda", 1, "k", takes_faults=True)
+    assert broken.environment["ASSAY_PLANT_FAULTS"] == "1"
+    assert "--enforce-eager" in broken.arguments, "what is compiled cannot be broken"
+
+
 def test_an_operators_own_thread_binding_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-31")
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")

@@ -123,6 +123,14 @@ def test_a_lite_engine_is_no_turbo() -> None:
     assert verified.weights == int4(64).weights, "it shows what runs, not what was declared"
 
 
+def test_an_engine_that_can_be_broken_serves_nobody() -> None:
+    breakable = reading(FP8).model_copy(update={"takes_faults": True})
+    assert not verify_precision(FP8, [breakable], SMOL).agrees
+    assert "faults can be planted" in verify_precision(FP8, [breakable], SMOL).disagreements[0]
+    assert verify_precision(FP8, [breakable], SMOL, takes_faults=True).agrees
+    assert breakable.fingerprint != reading(FP8).fingerprint
+
+
 def test_every_worker_counts() -> None:
     bad = with_layer(7, weights=IN_BF16)(reading(FP8, rank=1))
     verified = verify_precision(FP8, [reading(FP8), bad], SMOL)

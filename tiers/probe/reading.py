@@ -1,6 +1,7 @@
 """What an engine says of its own arithmetic. Plain data: written inside the engine, read by the gateway."""
 
 import hashlib
+import os
 from collections import Counter
 from typing import Literal
 
@@ -15,6 +16,15 @@ SLEEP_ROUTE = "/assay/sleep"
 WAKE_ROUTE = "/assay/wake"
 SCORE_ROUTE = "/assay/score"
 """Where an engine scores one sequence: a `Sequence` in, `Scored` out."""
+FAULT_ROUTE = "/assay/fault"
+"""Where an engine that was started to be broken takes a `Planting`; others have no such route."""
+MAY_PLANT = "ASSAY_PLANT_FAULTS"
+"""The variable that says so; `tiers.engine` sets it at every start, to 0 but for the self-test."""
+
+
+def may_plant() -> bool:
+    """Whether faults may be planted in the engine that this process is of."""
+    return os.environ.get(MAY_PLANT) == "1"
 
 
 class LayerReading(BaseModel):
@@ -63,6 +73,8 @@ class EngineReading(BaseModel):
     """vLLM's own digest of everything in its configuration that shapes the computation."""
     environment_hash: str
     """Of the variables by which an operator can tell vLLM something."""
+    takes_faults: bool = False
+    """Whether it was started to be broken, as no engine that serves is."""
 
     @computed_field  # type: ignore[prop-decorator]  # as pydantic's documentation has it
     @property

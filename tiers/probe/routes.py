@@ -9,8 +9,10 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 
+from tiers.conformance.faults import Planting
 from tiers.conformance.sequence import Scored, Sequence
-from tiers.probe.reading import READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE
+from tiers.probe.planting import Front
+from tiers.probe.reading import FAULT_ROUTE, READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, may_plant
 from tiers.probe.walk import WalkFailed, walk
 
 RPC_TIMEOUT_S = 60.0
@@ -45,6 +47,21 @@ class ProbeRoutes:
         async def scored(request: Request, sequence: Sequence) -> Scored:
             try:
                 return await walk(request.app.state.assay_engine, sequence)
+            except WalkFailed as failure:
+                raise HTTPException(409, str(failure)) from failure
+
+        if may_plant():
+            self._attach_fault_route(app)
+
+    def _attach_fault_route(self, app: FastAPI) -> None:
+        fronts: list[Front] = []
+
+        @app.post(FAULT_ROUTE)
+        async def planted(request: Request, planting: Planting) -> int:
+            if not fronts:
+                fronts.append(Front(request.app.state))
+            try:
+                return await fronts[0].plant(planting.fault)
             except WalkFailed as failure:
                 raise HTTPException(409, str(failure)) from failure
 

@@ -92,7 +92,16 @@ async def _collect(
 
 
 async def _ask(engine: Any, method: str, *args: Any) -> dict[str, Any]:
-    """What the worker says that has the answer; all of them are asked, for they work together.
+    """What the worker says that has the answer.
+
+    Raises:
+        WalkFailed: one of them could not do it.
+    """
+    return next(answer for answer in await ask_workers(engine, method, *args) if answer["answers"])
+
+
+async def ask_workers(engine: Any, method: str, *args: Any) -> list[dict[str, Any]]:
+    """What each worker says; all of them are asked, for they work together.
 
     Without a time limit: the answer to a call that was given up would be taken for that to the engine's next step.
 
@@ -102,4 +111,4 @@ async def _ask(engine: Any, method: str, *args: Any) -> dict[str, Any]:
     answers: list[dict[str, Any]] = await engine.collective_rpc(method, timeout=None, args=args)
     if problems := [answer["problem"] for answer in answers if "problem" in answer]:
         raise WalkFailed(problems[0])
-    return next(answer for answer in answers if answer["answers"])
+    return answers

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from tiers.precision import NumberFormat, NumberType
-from tiers.probe.reading import AttentionReading, End, EngineReading, LayerReading
+from tiers.probe.reading import MAY_PLANT, AttentionReading, End, EngineReading, LayerReading, may_plant
 from tiers.probe.scoring import Scorer
 
 _TYPES: dict[torch.dtype, NumberType] = {
@@ -61,6 +61,7 @@ class ProbeWorker:
     vllm_config: Any
     rank: int
     _assay_scorer: Scorer | None = None
+    _assay_faults: Any = None
 
     def assay_reading(self) -> dict[str, Any]:
         """This worker's `EngineReading`, as plain data."""
@@ -88,6 +89,7 @@ class ProbeWorker:
             head_kernel=None if head is None else _gemm(head),
             config_hash=self.vllm_config.compute_hash(),
             environment_hash=_environment_hash(),
+            takes_faults=may_plant(),
         )
         return reading.model_dump(mode="json")
 
@@ -109,6 +111,19 @@ class ProbeWorker:
     def assay_score_end(self, token: str) -> dict[str, Any]:
         """Forget the sequence."""
         return self._assay_guarded(lambda scorer: scorer.end(token))
+
+    def assay_plant(self, fault: str | None) -> dict[str, Any]:
+        """Break the model so and not otherwise, or mend it; in how many places it is broken now."""
+        if not may_plant():
+            return {"problem": f"this engine was not started with {MAY_PLANT}=1, so nothing is planted in it"}
+        try:
+            if self._assay_faults is None:
+                from tiers.probe.faults import Faults  # an engine that serves has not even loaded it
+
+                self._assay_faults = Faults(self.model_runner)
+            return {"planted": self._assay_faults.plant(fault)}
+        except Exception as error:  # see above
+            return {"problem": f"{fault} could not be planted: {error!r}"}
 
     def _assay_guarded(self, work: Callable[[Scorer], dict[str, Any] | None]) -> dict[str, Any]:
         try:
