@@ -194,13 +194,16 @@ class _Certifier:
         tier, verified = pool.tier, pool.verified
         assert verified is not None, "an engine that was not verified was not started"
         budget = self._config.budget_of(tier)
-        kinds, languages = [each.kind for each in pack.answers], [each.language for each in pack.answers]
+        asked = pack.prompts_asked
+        kinds, languages = [each.kind for each in asked], [each.language for each in asked]
+        counted = {phase: pack.by_prompt(scores[phase]) for phase in PHASES}
+        noise = {phase: pack.by_prompt(noise[phase]) for phase in PHASES}
         with self._steps.step(f"Judging {tier.name}") as step:
             floor: dict[Phase, Metrics] = {}
             if tier.kind is not TierKind.REFERENCE:
                 floor = {phase: await asyncio.to_thread(measure, noise[phase]) for phase in PHASES}
             phases = {
-                phase: await asyncio.to_thread(phase_findings, scores[phase], kinds, languages, floor.get(phase))
+                phase: await asyncio.to_thread(phase_findings, counted[phase], kinds, languages, floor.get(phase))
                 for phase in PHASES
             }
             judgements = [each for phase in PHASES for each in judge(phases[phase].overall, phase, budget)]
@@ -215,7 +218,7 @@ class _Certifier:
             seconds=seconds,
         )
         certificate = Certificate.of(pool.manifest, self._conformance(pool, pack, budget, findings))
-        return Measured(certificate, scores, noise if floor else {})
+        return Measured(certificate, counted, noise if floor else {})
 
     def _conformance(self, pool: Pool, pack: Pack, budget: Budget, findings: Findings) -> Conformance:
         tier, manifest, verified = pool.tier, pool.manifest, pool.verified

@@ -123,8 +123,8 @@ def test_the_numbers_are_those_of_the_captured_distributions(
     assert torch.allclose(torch.tensor(ours.tv), (p - q).abs().sum(-1) / 2, rtol=1e-4, atol=1e-7)
     given = torch.tensor(answer.answer)
     rows = torch.arange(len(given))
-    assert torch.allclose(torch.tensor(ours.ln_p), p[rows, given].log(), rtol=1e-5)
-    assert torch.allclose(torch.tensor(ours.ln_q), q[rows, given].log(), rtol=1e-5)
+    assert torch.allclose(torch.tensor(ours.ln_p), p[rows, given].log(), rtol=1e-4, atol=5e-5)
+    assert torch.allclose(torch.tensor(ours.ln_q), q[rows, given].log(), rtol=1e-4, atol=5e-5)
     assert ours.top_p.tolist() == p.argmax(-1).tolist()
 
 

@@ -154,3 +154,12 @@ async def test_a_pack_is_for_one_tokenizer_and_template(gateway: Gateway, pack: 
         file = "tokenizer_json" if name == "tokenizer" else "chat_template_jinja"
         with pytest.raises(PackError, match=name):
             pack.check(manifest_of(gateway, **{file: "c" * 64}))
+
+
+async def test_answers_to_one_prompt_are_counted_together(gateway: Gateway, pack: Pack, checkpoint: Path) -> None:
+    scores = await score(gateway.replica.engine, pack, checkpoint, "prefill", say=silent)
+    asked = [answer.prompt_id for answer in pack.prompts_asked]
+    assert asked == [prompt.id for prompt in PROMPTS]
+    counted = pack.by_prompt(scores)
+    assert [asked[place] for place in counted.prompt] == [pack.answers[place].prompt_id for place in scores.prompt]
+    assert counted.kl is scores.kl

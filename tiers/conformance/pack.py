@@ -7,13 +7,16 @@ A folder: ``pack.json`` says what it is of and the digest of every file, ``answe
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tiers.conformance.prompts import Kind, Language
+from tiers.conformance.scores import Scores
 from tiers.conformance.sequence import Reference
 from tiers.digests import sha256_of
 from tiers.errors import AssayError
@@ -164,6 +167,17 @@ class Pack:
                     f"The {what} of {manifest.model}'s {manifest.recipe} checkpoint is not that of the reference "
                     f"pack in {self.folder}: they would be asked different things."
                 )
+
+    @property
+    def prompts_asked(self) -> tuple[Answer, ...]:
+        """The first answer to each prompt, which has its id, kind and language."""
+        return tuple({answer.prompt_id: answer for answer in reversed(self.answers)}.values())[::-1]
+
+    def by_prompt(self, scores: Scores) -> Scores:
+        """The same scores, counted by prompts: the answers to one are not independent of each other."""
+        places = {answer.prompt_id: place for place, answer in enumerate(self.prompts_asked)}
+        of_answer = np.array([places[answer.prompt_id] for answer in self.answers], np.int32)
+        return replace(scores, prompt=of_answer[scores.prompt])
 
     def reference(self, answer: Answer, checkpoint: Path) -> Reference:
         """Where an engine finds the reference's distributions of one answer.
