@@ -21,8 +21,6 @@ MOST_AT_IT = 64
 """That wait besides."""
 ANYBODY = "anybody"
 """Whose turn it is where no keys are asked for."""
-
-
 _STANDING = {
     what: tuple(f"x-ratelimit-{name}-{what}".encode() for name in ("limit", "remaining", "reset"))
     for what in ("requests", "tokens")

@@ -137,7 +137,7 @@ class TextEvents:
         self.usage = Usage.read(chunk.get("usage"))
         if not self._show_usage:
             return events[:begin] + events[end:]
-        _clean_completion(chunk)
+        _drop_outer_nulls(chunk)
         return events[:begin] + b"data: " + msgspec.json.encode(chunk) + b"\n\n" + events[end:]
 
 
@@ -230,7 +230,7 @@ def rendered_tokens(body: bytes) -> int:
 
 def clean_completion(answer: Fields) -> None:
     """Of a chat or text completion: what vLLM says null where OpenAI says nothing."""
-    _clean_completion(answer)
+    _drop_outer_nulls(answer)
     for choice in answer.get("choices", ()):
         _drop_nulls(choice, keep=("logprobs", "finish_reason"))
         if message := choice.get("message"):
@@ -255,7 +255,7 @@ def clean_nothing(answer: Fields) -> None:
     """Of an answer that is as it should be."""
 
 
-def _clean_completion(answer: Fields) -> None:
+def _drop_outer_nulls(answer: Fields) -> None:
     _drop_nulls(answer)
     if usage := answer.get("usage"):
         _drop_nulls(usage)

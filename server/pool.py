@@ -83,7 +83,7 @@ class Pool:
         Raises:
             Refusal: there is none; what `unavailable` says.
         """
-        first = self.replicas[0]
+        first = self.replicas[0]  # most tiers have no other, and every request comes by here
         if len(self.replicas) == 1 and not tried and first.takes_requests:
             return first
         able = [replica for replica in self.replicas if replica.takes_requests and replica not in tried]

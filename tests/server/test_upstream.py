@@ -73,6 +73,16 @@ async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Non
     raise ConnectionError
 
 
+def silent(asked: asyncio.Event) -> Script:
+    """Say nothing, once asked, until the other side leaves."""
+
+    async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.readexactly(1)
+
+    return wait
+
+
 async def test_a_request_carries_its_key_its_name_and_its_bytes() -> None:
     async with engine(WHOLE) as made:
         assert await made.ask(b'{"a": 1}') == (200, b"application/json", b"{}")
@@ -198,12 +208,8 @@ async def test_who_leaves_an_answer_leaves_the_engine() -> None:
 
 
 async def test_who_is_interrupted_before_the_answer_leaves_the_engine() -> None:
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.readexactly(1)
-
     asked = asyncio.Event()
-    async with engine(silent) as made:
+    async with engine(silent(asked)) as made:
         asking = asyncio.create_task(made.ask())
         await asyncio.wait_for(asked.wait(), 5)
         asking.cancel()
@@ -258,12 +264,8 @@ async def test_a_connection_that_ended_leaves_nothing_to_the_garbage_collector()
 
 
 async def test_closing_breaks_off_what_is_under_way() -> None:
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.readexactly(1)
-
     asked = asyncio.Event()
-    async with engine(silent) as made:
+    async with engine(silent(asked)) as made:
         asking = asyncio.create_task(made.ask())
         await asyncio.wait_for(asked.wait(), 5)
         made.upstream.close()
