@@ -7,67 +7,50 @@ import asyncio
 import importlib.metadata
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from server.certificates import Certificates
-from server.config import Config, TierConfig
-from server.fleet import Fleet
+from server.config import Config
 from server.measure import AT_ONCE, make_pack, score, worst_tokens
-from server.pool import Pool
 from server.progress import Step, Steps
-from server.serve import backend_of, running_engines
+from server.running import Running, engines_to_measure
+from server.serve import backend_of
+from tiers.catalog import ModelShape
+from tiers.conformance import corpus, prompts
 from tiers.conformance.budget import Budget, judge, overall
 from tiers.conformance.certificate import Certificate, Conformance, Hardware, Versions
 from tiers.conformance.certificate import Pack as PackNamed
-from tiers.conformance.findings import Findings, Metrics
+from tiers.conformance.extent import Asked, Extent
+from tiers.conformance.findings import Findings, NoiseFloor, Verdict
 from tiers.conformance.pack import Origin, Pack, PackError
-from tiers.conformance.prompts import Prompt, digest, load_prompts
 from tiers.conformance.report import Measured, render_report
 from tiers.conformance.scores import PHASES, Phase, Scores
 from tiers.conformance.signature import read_private_key
 from tiers.conformance.signature import sign as sign_certificate
-from tiers.conformance.statistics import measure, phase_findings
+from tiers.conformance.statistics import noise_floor, phase_findings
 from tiers.errors import BuildError
 from tiers.hardware import device_class
 from tiers.tier import Tier, TierKind
 
-OTHERS_AT_ONCE = 2 * AT_ONCE
+FEWER_AT_ONCE = AT_ONCE // 3
 """For the noise floor: other neighbours in the same steps than the pack was made with."""
 
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is measured."""
-
-    prompts: tuple[Prompt, ...]
-    tokens: int
-    """Of each answer, at most."""
-
-    @classmethod
-    def of(cls, *, quick: bool) -> "Extent":
-        """The few prompts that stand for all, in minutes; or all of them."""
-        return cls(load_prompts(quick=quick), 48 if quick else 128)
-
-    @property
-    def name(self) -> str:
-        """For a folder: equal ones are of the same prompts and length."""
-        return f"{digest(self.prompts)[:12]}-{len(self.prompts)}x{self.tokens}"
+ByPhase = dict[Phase, Scores]
 
 
-async def certify(config: Config, wanted: Sequence[Tier], extent: Extent, steps: Steps) -> list[Measured]:
-    """Measure and judge the wanted tiers; the reference of each model runs beside them.
+async def certify(config: Config, wanted: Sequence[Tier], asked: Asked, steps: Steps) -> list[Measured]:
+    """Measure and judge the wanted tiers; the reference of each model is measured beside them.
 
     Raises:
         AssayError: a tier cannot be started or measured.
     """
-    async with running_engines(only(config, wanted), steps) as fleet:
+    async with engines_to_measure(config, wanted, steps) as engines:
         measured = []
         for model in dict.fromkeys(tier.model for tier in wanted):
             kinds = [tier.kind for tier in wanted if tier.model == model]
-            certifier = _Certifier(config, fleet, model, extent, steps)
+            certifier = _Certifier(config, [each for each in engines if each.tier.model == model], asked, steps)
             measured += await certifier.certify(kinds)
         return measured
 
@@ -96,134 +79,189 @@ def write(measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, s
     return report
 
 
-def only(config: Config, wanted: Sequence[Tier]) -> Config:
-    """With the wanted tiers and their references, and one engine each."""
-    models = []
-    for model in config.models:
-        kinds = {tier.kind for tier in wanted if tier.model == model.name}
-        if kinds:
-            tiers = {
-                kind: model.tiers.get(kind, TierConfig()).model_copy(update={"replicas": 1})
-                for kind in TierKind
-                if kind in kinds or kind is TierKind.REFERENCE
-            }
-            models.append(model.model_copy(update={"tiers": tiers}))
-    return config.model_copy(update={"models": tuple(models)})
-
-
 class _Certifier:
     """One model's tiers."""
 
-    def __init__(self, config: Config, fleet: Fleet, model: str, extent: Extent, steps: Steps) -> None:
+    def __init__(self, config: Config, engines: Sequence[Running], asked: Asked, steps: Steps) -> None:
         self._config = config
-        self._pools = {pool.tier.kind: pool for pool in fleet.pools if pool.tier.model == model}
-        self._reference = self._pools[TierKind.REFERENCE]
-        self._extent = extent
+        self._engines = {engine.tier.kind: engine for engine in engines}
+        shape = ModelShape.read(self._reference.tier.checkpoint)
+        contexts = [engine.tier.context_length or shape.max_position_embeddings for engine in engines]
+        self._extent = Extent.of(asked, min(contexts))
         self._steps = steps
-        self._backend = backend_of(config)
+        self._pack: Pack | None = None
+        self._truth: Pack | None = None
+        self._noise: dict[str, ByPhase] = {}
+        """By what was other than when the reference answered."""
+        self._scores: dict[TierKind, ByPhase] = {}
+        self._seconds: dict[TierKind, float] = {}
 
     async def certify(self, kinds: Sequence[TierKind]) -> list[Measured]:
-        """Everything that these tiers need, in its order."""
-        pack = await self._pack()
-        noise = await self._walk(self._reference, pack, "noise floor", OTHERS_AT_ONCE)
-        measured = []
-        for kind in kinds:
-            pool = self._pools[kind]
-            against = pack if kind is not TierKind.REFERENCE else await self._truth(pack)
-            began = time.monotonic()
-            scores = await self._walk(pool, against, pool.tier.name, AT_ONCE)
-            seconds = time.monotonic() - began
-            measured.append(await self._conclude(pool, against, scores, noise, seconds))
-        return measured
+        """All of them; of those whose verdict is settled no more is asked."""
+        concluded: dict[TierKind, Measured] = {}
+        for prompts_so_far in self._extent.stages:
+            undecided = [kind for kind in kinds if kind not in concluded or _is_open(concluded[kind])]
+            if undecided:
+                await self._measure(undecided, prompts_so_far)
+                concluded |= {kind: await self._conclude(kind) for kind in undecided}
+        return [concluded[kind] for kind in kinds]
+
+    @property
+    def _reference(self) -> Running:
+        return self._engines[TierKind.REFERENCE]
 
     @property
     def _checkpoint(self) -> Path:
         return self._reference.tier.checkpoint
 
-    async def _pack(self) -> Pack:
+    async def _measure(self, kinds: Sequence[TierKind], prompts_so_far: int) -> None:
+        """Everything that these tiers need further, in its order."""
+        before = len(self._pack.answers) if self._pack else 0
+        self._pack = pack = await self._answered(prompts_so_far, self._pack)
+        new = range(before, len(pack.answers))
+        await self._measure_noise(pack, new)
+        for kind in kinds:
+            against = pack
+            if kind is TierKind.REFERENCE:
+                self._truth = against = await self._computed_in_fp32(pack, self._truth)
+            began = time.monotonic()
+            scores = await self._walk(self._engines[kind], against, new, self._engines[kind].tier.name)
+            self._scores[kind] = _joined(self._scores.get(kind), scores)
+            self._seconds[kind] = self._seconds.get(kind, 0) + time.monotonic() - began
+
+    async def _answered(self, prompts_so_far: int, earlier: Pack | None) -> Pack:
         """The reference's answers, from before if there are any."""
+        asked, passages = self._extent.prompts[:prompts_so_far], self._extent.passages[:prompts_so_far]
         manifest = self._reference.manifest
-        folder = (
-            self._config.packs / f"{manifest.model.replace('/', '--')}-{manifest.short_digest}-{self._extent.name}"
-        )
-        with self._steps.step("The reference answers") as step:
-            try:
-                return Pack.read(folder)
-            except PackError as missing:
-                step.detail(str(missing))
-            verified = self._reference.verified
+        which = f"{prompts.digest(asked)[:12]}-{corpus.digest(passages)[:12]}-{self._extent.tokens}"
+        folder = self._config.packs / f"{manifest.model.replace('/', '--')}-{manifest.short_digest}-{which}"
+        with self._steps.step(f"The reference answers {prompts_so_far} prompts") as step:
+            if earlier is None:  # else what was measured already is of its answers
+                try:
+                    return Pack.read(folder)
+                except PackError as missing:
+                    step.detail(str(missing))
             return await make_pack(
-                self._reference.replicas[0].engine,
+                self._reference.engine,
                 self._reference.tier.name,
-                manifest,
-                self._extent.prompts,
+                self._checkpoint,
+                asked,
+                passages,
                 folder,
                 tokens=self._extent.tokens,
-                fingerprint=verified.fingerprint if verified else "",
+                fingerprint=self._reference.verified.fingerprint,
                 say=step.detail,
+                earlier=earlier,
             )
 
-    async def _truth(self, pack: Pack) -> Pack:
-        """The same answers as Transformers computes them in FP32."""
-        folder = pack.folder.with_name(f"{pack.folder.name}-transformers")
+    async def _computed_in_fp32(self, pack: Pack, earlier: Pack | None) -> Pack:
+        """The same answers as Transformers computes them."""
+        # Sampled answers differ each time the reference gives them, and so does the pack's digest.
+        folder = pack.folder.with_name(f"{pack.folder.name}-fp32-{pack.digest[:12]}")
         with self._steps.step("Transformers computes them in FP32") as step:
             try:
                 return Pack.read(folder)
             except PackError:
-                await _run_truth(pack.folder, self._checkpoint, folder, step)
+                await _run_truth(pack, self._checkpoint, folder, earlier, step)
             return Pack.read(folder)
 
-    async def _walk(self, pool: Pool, pack: Pack, name: str, at_once: int) -> dict[Phase, Scores]:
-        pack.check(pool.manifest)
-        engine, scores = pool.replicas[0].engine, {}
+    async def _measure_noise(self, pack: Pack, new: range) -> None:
+        """The reference along its own answers, each prompt's under one of the conditions."""
+        conditions = ["other neighbours", "prefix cache"]
+        if self._reference.may_restart:
+            conditions.append("restarted")
+        ids = list(dict.fromkeys(pack.answers[number].prompt_id for number in new))
+        for place, condition in enumerate(conditions):
+            mine = set(ids[place :: len(conditions)])
+            numbers = [number for number in new if pack.answers[number].prompt_id in mine]
+            if condition == "restarted":
+                with self._steps.step(f"Restarting {self._reference.tier.name}"):
+                    self._engines[TierKind.REFERENCE] = await self._reference.restarted()
+            scores = await self._walk(
+                self._reference,
+                pack,
+                numbers,
+                f"noise floor, {condition}",
+                at_once=FEWER_AT_ONCE if condition == "other neighbours" else AT_ONCE,
+                cached=condition == "prefix cache",
+            )
+            self._noise[condition] = _joined(self._noise.get(condition), scores)
+
+    async def _walk(
+        self,
+        running: Running,
+        pack: Pack,
+        numbers: Collection[int],
+        name: str,
+        *,
+        at_once: int = AT_ONCE,
+        cached: bool = False,
+    ) -> ByPhase:
+        pack.check(running.manifest)
+        scores = {}
         with self._steps.step(f"Walking {name}") as step:
             for phase in PHASES:
                 scores[phase] = await score(
-                    engine, pack, self._checkpoint, phase, say=step.detail, at_once=at_once
+                    running.engine,
+                    pack,
+                    self._checkpoint,
+                    phase,
+                    say=step.detail,
+                    at_once=at_once,
+                    only=numbers,
+                    cached=cached,
                 )
         return scores
 
-    async def _conclude(
-        self,
-        pool: Pool,
-        pack: Pack,
-        scores: Mapping[Phase, Scores],
-        noise: Mapping[Phase, Scores],
-        seconds: float,
-    ) -> Measured:
-        tier, verified = pool.tier, pool.verified
-        assert verified is not None, "an engine that was not verified was not started"
-        budget = self._config.budget_of(tier)
-        asked = pack.prompts_asked
-        kinds, languages = [each.kind for each in asked], [each.language for each in asked]
-        counted = {phase: pack.by_prompt(scores[phase]) for phase in PHASES}
-        noise = {phase: pack.by_prompt(noise[phase]) for phase in PHASES}
-        with self._steps.step(f"Judging {tier.name}") as step:
-            floor: dict[Phase, Metrics] = {}
-            if tier.kind is not TierKind.REFERENCE:
-                floor = {phase: await asyncio.to_thread(measure, noise[phase]) for phase in PHASES}
-            phases = {
-                phase: await asyncio.to_thread(phase_findings, counted[phase], kinds, languages, floor.get(phase))
-                for phase in PHASES
-            }
-            judgements = [each for phase in PHASES for each in judge(phases[phase].overall, phase, budget)]
+    async def _conclude(self, kind: TierKind) -> Measured:
+        running, scores = self._engines[kind], self._scores[kind]
+        pack = self._truth if kind is TierKind.REFERENCE else self._pack
+        assert pack is not None
+        budget = self._config.budget_of(running.tier)
+        with self._steps.step(f"Judging {running.tier.name}") as step:
+            findings = await asyncio.to_thread(self._found, pack, scores, budget, self._seconds[kind])
             step.detail("the ten worst tokens")
-            worst = await worst_tokens(pool.replicas[0].engine, tier.name, pack, scores)
-        findings = Findings(
+            worst = await worst_tokens(running.engine, running.tier.name, pack, scores)
+        findings = findings.model_copy(update={"worst": worst})
+        certificate = Certificate.of(running.manifest, self._conformance(running, pack, budget, findings))
+        noise = {phase: Scores.joined([each[phase] for each in self._noise.values()]) for phase in PHASES}
+        return Measured(
+            certificate,
+            {phase: pack.of_answers(scores[phase]) for phase in PHASES},
+            {phase: pack.of_answers(noise[phase]) for phase in PHASES},
+        )
+
+    def _found(self, pack: Pack, scores: Mapping[Phase, Scores], budget: Budget, seconds: float) -> Findings:
+        confidence = self._extent.confidence
+        asked = pack.prompts_asked
+        phases = {
+            phase: phase_findings(
+                pack.of_answers(scores[phase]),
+                pack.of_corpus(scores[phase]),
+                [each.kind for each in asked],
+                [each.language for each in asked],
+                self._floor(pack, phase),
+                confidence,
+            )
+            for phase in PHASES
+        }
+        judgements = [each for phase in PHASES for each in judge(phases[phase], phase, budget)]
+        return Findings(
             exact=True,
             phases=phases,
             judgements=judgements,
             verdict=overall(judgements),
-            worst=worst,
+            confidence=confidence,
             seconds=seconds,
         )
-        certificate = Certificate.of(pool.manifest, self._conformance(pool, pack, budget, findings))
-        return Measured(certificate, counted, noise if floor else {})
 
-    def _conformance(self, pool: Pool, pack: Pack, budget: Budget, findings: Findings) -> Conformance:
-        tier, manifest, verified = pool.tier, pool.manifest, pool.verified
-        assert verified is not None
-        origin = Origin.of(manifest)
+    def _floor(self, pack: Pack, phase: Phase) -> NoiseFloor:
+        everything = Scores.joined([each[phase] for each in self._noise.values()])
+        answers = {name: pack.of_answers(each[phase]) for name, each in self._noise.items()}
+        return noise_floor(answers, pack.of_corpus(everything), self._extent.confidence)
+
+    def _conformance(self, running: Running, pack: Pack, budget: Budget, findings: Findings) -> Conformance:
+        tier, verified, origin = running.tier, running.verified, Origin.of(running.manifest)
         limits = budget.model_dump(exclude_none=True)
         return Conformance(
             tier=tier.name,
@@ -233,14 +271,20 @@ class _Certifier:
             hardware=Hardware(
                 device=verified.device,
                 device_class=device_class(verified.device),
-                backend=self._backend,
+                backend=backend_of(self._config),
             ),
             versions=Versions(
                 assay=importlib.metadata.version("assay"),
-                vllm=pool.engine_version or "",
+                vllm=running.version,
                 torch=importlib.metadata.version("torch"),
             ),
-            pack=PackNamed(digest=pack.digest, prompt_set=pack.prompts, prompts=len(self._extent.prompts)),
+            pack=PackNamed(
+                digest=pack.digest,
+                prompt_set=pack.prompts,
+                prompts=len(pack.prompts_asked),
+                corpus=pack.corpus,
+                passages=len(pack.passages),
+            ),
             tokenizer=origin.tokenizer,
             chat_template=origin.template,
             budget=dict.fromkeys(PHASES, limits),
@@ -250,15 +294,22 @@ class _Certifier:
         )
 
 
-async def _run_truth(pack: Path, checkpoint: Path, folder: Path, step: Step) -> None:
+def _is_open(measured: Measured) -> bool:
+    return measured.certificate.verdict is Verdict.INCONCLUSIVE
+
+
+def _joined(earlier: ByPhase | None, further: ByPhase) -> ByPhase:
+    return {phase: Scores.joined([earlier[phase], each]) if earlier else each for phase, each in further.items()}
+
+
+async def _run_truth(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None, step: Step) -> None:
     """In a process of its own, for it needs PyTorch and as much memory as the weights in FP32."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "tiers.conformance.truth",
-        str(pack),
-        str(checkpoint),
-        str(folder),
+        *(str(pack.folder), str(checkpoint), str(folder)),
+        *(("--earlier", str(earlier.folder)) if earlier else ()),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from server.alone import alone
 from server.config import choose_tiers, load_config
 from server.console import ConfigOption, JsonOption, err, log_to, out, tier_names
 from server.progress import Steps
 from server.tables import certificates_table, show
 from tiers.conformance.findings import Verdict
+from tiers.errors import BuildError
+
+OCCUPIED = BuildError("Another assay certifies from this home: wait for it.")
 
 
 def certify(
@@ -22,6 +26,17 @@ def certify(
     config: ConfigOption = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few prompts that stand for all, in minutes instead of an hour.")
+    ] = False,
+    prompts: Annotated[
+        int | None, typer.Option(metavar="N", help="How many, instead of the 24 of --quick or of all.", min=1)
+    ] = None,
+    until_decided: Annotated[
+        bool,
+        typer.Option(
+            "--until-decided",
+            help="Begin with 24 prompts, and go on until each verdict is PASS or FAIL, or there are no more. "
+            "Intervals are a little wider, for one looks several times.",
+        ),
     ] = False,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Plant faults in engines of their own, and see that each is found.")
@@ -36,15 +51,17 @@ def certify(
 ) -> None:
     """Measure how far tiers are from the reference, and write their certificates and a report.
 
-    Starts the engines as `assay serve` does, has the reference answer the prompts, and walks every tier along the
-    answers: as prompts, and token by token. Exits with 0 if all tiers keep to their budgets, with 1 if one does
-    not, and with 2 if more prompts would be needed to tell.
+    Measures the engines of a server that runs from the same home, letting its callers go first; without one it
+    starts them as `assay serve` does. The reference answers the prompts, and every tier is walked along the
+    answers and a fixed corpus: as prompts, and token by token. Exits with 0 if all tiers keep to their budgets,
+    with 1 if one does not, and with 2 if more prompts would be needed to tell.
 
     Example: assay certify Turbo --quick
     """
     # What measures needs libraries for which no other command need wait.
-    from server.certify import Extent, write
     from server.certify import certify as measure_tiers
+    from server.certify import write
+    from tiers.conformance.extent import Asked
 
     log_to(err)
     settings = load_config(config)
@@ -53,8 +70,9 @@ def certify(
 
         raise typer.Exit(self_test_command(settings, repeats=repeats, as_json=as_json))
     chosen = choose_tiers(settings, tiers)
-    with Steps(err) as steps:
-        measured = asyncio.run(measure_tiers(settings, chosen, Extent.of(quick=quick), steps))
+    asked = Asked(quick=quick, prompts=prompts, until_decided=until_decided)
+    with Steps(err) as steps, alone(settings.packs, OCCUPIED, BuildError):
+        measured = asyncio.run(measure_tiers(settings, chosen, asked, steps))
         written = write(measured, chosen, settings, sign)
     certificates = [each.certificate for each in measured]
     if as_json:

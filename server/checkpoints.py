@@ -1,17 +1,14 @@
 """Makes sure that every tier has its checkpoint, whole and made as configured; builds what is missing."""
 
 import asyncio
-import fcntl
 import json
-import os
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import psutil
 
+from server.alone import alone
 from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
@@ -47,7 +44,9 @@ class Checkpoints:
         """
         asked = {tier.name for tier in tiers}
         manifests: dict[str, Manifest] = {}
-        async with self._alone():
+        folder = self._config.checkpoints
+        occupied = CheckpointError(f"Another assay is preparing checkpoints in {folder}: wait for it.")
+        with alone(folder, occupied, CheckpointError):
             # A tier that is whole can be served without the reference it was once made from.
             for tier in _references_first(tiers) if self._may_build else tiers:
                 reference = manifests.get(tier.reference.name)
@@ -176,25 +175,6 @@ class Checkpoints:
             raise BuildError(
                 f"Building {tier.name} failed ({process.last_line()[:200]}); the whole output is in {process.log}."
             )
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Hold the home's lock: two builds in one folder would destroy each other's work."""
-        path: Path = self._config.checkpoints / ".lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CheckpointError(f"{path.parent} cannot be written ({error.strerror}): set `home`.") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise CheckpointError(
-                f"Another assay is preparing checkpoints in {path.parent}: wait for it."
-            ) from None
-        finally:
-            os.close(file)
 
 
 def _check_disk(tier: Tier) -> None:

@@ -41,8 +41,8 @@ async def rendering(engine: Engine, model: str, pack: Pack, prompts: Mapping[str
     """
     compared = 0
     for answer in pack.answers:
-        if not answer.greedy:
-            continue  # of the same prompt
+        if answer.source != "greedy":
+            continue  # of the same prompt, or of none
         ours = await engine.answer(model, prompts[answer.prompt_id], tokens=1, greedy=True, seed=SEED)
         for one, other in zip(ours.prompt, answer.prompt, strict=False):
             compared += 1

@@ -139,12 +139,17 @@ class Config(Patience):
         "requests (503), warn serves it and writes so into the log, off serves it. Every answer says how its tier "
         "stands in x-assay-certificate, and certificates are made by `assay certify`.",
     )
+    certify: Literal["off", "quick", "whole"] = Field(
+        default="quick",
+        description="Whether tiers that no certificate speaks of are measured in the background while they serve, "
+        "letting their callers go first: by the few prompts of `assay certify --quick`, or by all.",
+    )
     models: tuple[ModelConfig, ...] = Field(default_factory=_embedded, min_length=1, description="What is served.")
 
-    @field_validator("gate", mode="before")
+    @field_validator("gate", "certify", mode="before")
     @classmethod
-    def _off_is_no_boolean(cls, gate: object) -> object:
-        return "off" if gate is False else gate  # as YAML reads a plain off
+    def _off_is_no_boolean(cls, word: object) -> object:
+        return "off" if word is False else word  # as YAML reads a plain off
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -169,6 +174,10 @@ class Config(Patience):
     def packs(self) -> Path:
         """Where reference packs lie."""
         return self.home / "packs"
+
+    def address_of(self, tier: Tier) -> Path:
+        """Where a server writes down how the tier's first engine is reached."""
+        return self.home / "engines" / f"{tier.slug}.json"
 
     def budget_of(self, tier: Tier) -> Budget:
         """How far a tier may be from the reference."""

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
+from server.address import Address
 from server.launch.local import LocalProcess
 from server.upstream import IDLE_S, Upstream
 from tiers.conformance.faults import FaultName, Planting
@@ -25,8 +27,11 @@ POLL_S = 0.5
 ANSWER_TIMEOUT_S = 300.0
 """For what an engine is asked about itself, and for its first request."""
 HEALTH_TIMEOUT_S = 5.0
+WAITS_FOR_CALLERS_S = 10.0
+"""How long, before each sequence, whoever measures an engine that serves lets its callers go first."""
 
 _READINGS = TypeAdapter(list[EngineReading])
+_REQUESTS = (b"vllm:num_requests_running", b"vllm:num_requests_waiting{")
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
 """What moves in vLLM's metrics with every step of an engine: when a prompt is done, with each token, and with each
 piece of a prompt."""
@@ -49,9 +54,14 @@ class PrecisionRefused(AssayError):
 class Engine:
     """A vLLM server that answers on a loopback port to the holder of its key."""
 
-    def __init__(self, name: str, url: str, key: str, process: LocalProcess | None) -> None:
+    def __init__(
+        self, name: str, url: str, key: str, process: LocalProcess | None, *, gives_way: bool = False
+    ) -> None:
         self.name = name
         self.process = process
+        self._address_file: Path | None = None
+        self._gives_way = gives_way
+        self._measuring = 0
         self.upstream = Upstream(url, key)
         """The way for callers' requests; what an engine is asked about itself goes by the session."""
         self._session = aiohttp.ClientSession(
@@ -62,10 +72,16 @@ class Engine:
         )
 
     @classmethod
-    async def launch(cls, name: str, command: EngineCommand, log: Path) -> "Engine":
-        """Start the server's processes; it does not answer yet."""
+    async def launch(
+        cls, name: str, command: EngineCommand, log: Path, address_file: Path | None = None
+    ) -> "Engine":
+        """Start the server's processes; it does not answer yet. Where it will is written down until it ends."""
         process = await LocalProcess.start(command.arguments, command.environment, log)
-        return cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
+        engine = cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
+        if address_file is not None:
+            Address(url=f"http://127.0.0.1:{command.port}", key=command.api_key).write(address_file)
+            engine._address_file = address_file
+        return engine
 
     async def until_it_answers(self, say: Callable[[str], None], timeout_s: float) -> str:
         """Wait until the model is loaded; the version of vLLM.
@@ -85,12 +101,18 @@ class Engine:
             if self.process.exit_code is not None:
                 raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
             say(self.process.last_line().rpartition("] ")[2].strip())
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-                async with self._session.get("/version", timeout=timeout) as answer:
-                    if answer.status == 200:
-                        return str((await answer.json())["version"])
+            if (version := await self.version()) is not None:
+                return version
             await asyncio.sleep(POLL_S)
+
+    async def version(self) -> str | None:
+        """Of vLLM; None while it does not answer, or not to this key."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with self._session.get("/version", timeout=timeout) as answer:
+                if answer.status == 200:
+                    return str((await answer.json())["version"])
+        return None
 
     async def readings(self) -> list[EngineReading]:
         """What each worker says that it computes.
@@ -131,14 +153,7 @@ class Engine:
 
     async def work_done(self, timeout_s: float) -> tuple[bytes, ...]:
         """What vLLM has counted of its work; where two are unequal it worked between. Empty if it does not say."""
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            plain = {"accept-encoding": "identity"}
-            async with self._session.get("/metrics", headers=plain, timeout=timeout) as answer:
-                lines = (await answer.read()).splitlines()
-        except (aiohttp.ClientError, TimeoutError):
-            return ()
-        return tuple(line for line in lines if line.startswith(_WORK))
+        return tuple(line for line in await self._metrics(timeout_s) if line.startswith(_WORK))
 
     async def walk(self, sequence: Walk) -> Scored:
         """Have it compute one sequence, and say how far its distributions are from the reference's.
@@ -147,7 +162,19 @@ class Engine:
             EngineNotStarted: it cannot, or is gone.
         """
         body = sequence.model_dump(mode="json")
-        return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
+        async with self._after_callers():
+            return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
+
+    async def tokens(self, model: str, text: str) -> list[int]:
+        """The tokens of a text, with what the tokenizer puts before it.
+
+        Raises:
+            EngineNotStarted: it does not tell.
+        """
+        said = json.loads(
+            await self._ask("POST", "/tokenize", "a text's tokens", {"model": model, "prompt": text})
+        )
+        return [int(token) for token in said["tokens"]]
 
     async def text(self, model: str, tokens: Sequence[int]) -> str:
         """What these tokens say.
@@ -174,12 +201,13 @@ class Engine:
         }
         if prompt.tools:
             body |= {"tools": prompt.tools, "tool_choice": "none"}
-        said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
+        async with self._after_callers():
+            said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
         return Answer(
             prompt_id=prompt.id,
             kind=prompt.kind,
             language=prompt.language,
-            greedy=greedy,
+            source="greedy" if greedy else "sampled",
             prompt=said["prompt_token_ids"],
             answer=said["choices"][0]["token_ids"],
         )
@@ -234,10 +262,41 @@ class Engine:
 
     async def stop(self) -> None:
         """End it; returns when nothing of it is left."""
+        if self._address_file is not None:
+            self._address_file.unlink(missing_ok=True)
         self.upstream.close()
         await self._session.close()
         if self.process is not None:
             await self.process.stop()
+
+    @asynccontextmanager
+    async def _after_callers(self) -> AsyncIterator[None]:
+        """Begin when no caller's request runs, on an engine that callers have too; or after a while of that."""
+        if self._gives_way:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WAITS_FOR_CALLERS_S):
+                    while await self._requests() > self._measuring:
+                        await asyncio.sleep(POLL_S)
+        self._measuring += 1
+        try:
+            yield
+        finally:
+            self._measuring -= 1
+
+    async def _requests(self) -> float:
+        """How many the engine works on, or holds back."""
+        lines = await self._metrics(HEALTH_TIMEOUT_S)
+        return sum(float(line.rsplit(b" ", 1)[1]) for line in lines if line.startswith(_REQUESTS))
+
+    async def _metrics(self, timeout_s: float) -> list[bytes]:
+        """What vLLM shows of itself, by lines; none if it does not answer."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            plain = {"accept-encoding": "identity"}
+            async with self._session.get("/metrics", headers=plain, timeout=timeout) as answer:
+                return (await answer.read()).splitlines()
+        except (aiohttp.ClientError, TimeoutError):
+            return []
 
     async def _ask(self, method: str, route: str, what: str, body: Any = None) -> bytes:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)

@@ -4,7 +4,7 @@ Knows engines and what is asked of them; knows no statistics and no verdicts.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import TypeVar
 import numpy as np
 
 from server.engine import Engine
+from tiers.conformance import corpus
+from tiers.conformance.corpus import Passage
 from tiers.conformance.findings import WorstToken
-from tiers.conformance.pack import Answer, Origin, Pack
+from tiers.conformance.pack import Answer, Origin, Pack, head_of
 from tiers.conformance.prompts import Prompt, digest
 from tiers.conformance.scores import Phase, Scores
+from tiers.conformance.sequence import Keep
 from tiers.conformance.sequence import Sequence as Walk
 from tiers.errors import AssayError
 from tiers.manifest import Manifest
@@ -27,49 +30,102 @@ T = TypeVar("T")
 SEED = 5
 CONTEXT = 48
 """Tokens that are shown before one of the worst."""
-AT_ONCE = 4
+AT_ONCE = 16
 """Sequences: neighbours in the same steps, as callers are."""
+LONGEST_PASSAGE = 128
+"""Tokens of a passage of the corpus that are scored."""
 
 
 async def make_pack(
     engine: Engine,
     model: str,
-    manifest: Manifest,
+    checkpoint: Path,
     prompts: Sequence[Prompt],
+    passages: Sequence[Passage],
     folder: Path,
     *,
     tokens: int,
     fingerprint: str,
     say: Say,
+    earlier: Pack | None = None,
 ) -> Pack:
     """Have the reference answer every prompt, greedily and sampled, and keep its distributions there.
+
+    Those along the corpus are kept as well.
+
+    Args:
+        engine: the reference's.
+        model: its name for the tier.
+        checkpoint: its checkpoint's folder.
+        prompts: to be answered.
+        passages: of the corpus.
+        folder: where the pack is to be.
+        tokens: of each answer, at most.
+        fingerprint: of the engine.
+        say: told how far it is.
+        earlier: a pack of the first of these prompts and passages, whose answers are taken over, as its first.
 
     Raises:
         EngineNotStarted: it gives no answer.
         PackError: its checkpoint is none that can be asked.
     """
+    manifest, head = Manifest.read(checkpoint), head_of(checkpoint)
     origin = Origin.of(manifest)
-    wanted = list(product(prompts, (True, False)))
+    taken = earlier.share(folder) if earlier else []
+    have = {answer.prompt_id for answer in taken}
+    wanted = [each for each in product(prompts, (True, False)) if each[0].id not in have]
+    further = [passage for passage in passages if passage.id not in have]
     done = 0
 
-    async def answered(prompt: Prompt, greedy: bool) -> Answer:
+    async def kept(answer: Answer) -> Answer:
         nonlocal done
-        answer = await engine.answer(model, prompt, tokens=tokens, greedy=greedy, seed=SEED)
-        await engine.walk(
-            Walk(prompt=answer.prompt, answer=answer.answer, phase="prefill", save=str(folder / answer.hidden))
-        )
+        keep = Keep(file=str(folder / answer.hidden), head=head)
+        await engine.walk(Walk(prompt=answer.prompt, answer=answer.answer, phase="prefill", keep=keep))
         done += 1
-        say(f"{done} of {len(wanted)} answers")
+        say(f"{done} of {len(wanted) + len(further)} answers and passages")
         return answer
 
-    answers = await _by_turns([partial(answered, *each) for each in wanted], AT_ONCE)
-    return Pack.write(folder, origin, answers, engine=fingerprint, prompts=digest(prompts), seed=SEED)
+    async def answered(prompt: Prompt, greedy: bool) -> Answer:
+        return await kept(await engine.answer(model, prompt, tokens=tokens, greedy=greedy, seed=SEED))
+
+    async def read(passage: Passage) -> Answer:
+        first, *rest = await engine.tokens(model, passage.text)
+        return await kept(
+            Answer(
+                prompt_id=passage.id,
+                kind="corpus",
+                language=passage.language,
+                source="written",
+                prompt=[first],
+                answer=rest[:LONGEST_PASSAGE],
+            )
+        )
+
+    works = [*(partial(answered, *each) for each in wanted), *(partial(read, each) for each in further)]
+    answers = taken + await _by_turns(works, AT_ONCE)
+    return Pack.write(
+        folder,
+        origin,
+        answers,
+        engine=fingerprint,
+        prompts=digest(prompts),
+        corpus=corpus.digest(passages),
+        seed=SEED,
+    )
 
 
 async def score(
-    engine: Engine, pack: Pack, reference: Path, phase: Phase, *, say: Say, at_once: int = AT_ONCE
+    engine: Engine,
+    pack: Pack,
+    reference: Path,
+    phase: Phase,
+    *,
+    say: Say,
+    at_once: int = AT_ONCE,
+    only: Collection[int] | None = None,
+    cached: bool = False,
 ) -> Scores:
-    """Walk an engine along all of the pack's answers.
+    """Walk an engine along the pack's answers, and the corpus.
 
     Args:
         engine: of the tier to measure.
@@ -78,24 +134,33 @@ async def score(
         phase: how the answers are computed.
         say: told how far it is.
         at_once: sequences in the same steps.
+        only: the places of the answers; all of them by default.
+        cached: whether prompts are read from the engine's prefix cache.
 
     Raises:
         EngineNotStarted: the engine cannot be walked, or is gone.
+        PackError: the pack has no hidden states.
     """
+    head = head_of(reference)
+    numbers = range(len(pack.answers)) if only is None else sorted(only)
     done = 0
 
-    async def scored(number: int, answer: Answer) -> Scores:
+    async def scored(number: int) -> Scores:
         nonlocal done
+        answer = pack.answers[number]
         walk = Walk(
-            prompt=answer.prompt, answer=answer.answer, phase=phase, reference=pack.reference(answer, reference)
+            prompt=answer.prompt,
+            answer=answer.answer,
+            phase=phase,
+            reference=pack.reference(answer, head),
+            cached=cached,
         )
         columns = (await engine.walk(walk)).columns
         done += 1
-        say(f"{phase}: {done} of {len(pack.answers)} answers")
+        say(f"{phase}: {done} of {len(numbers)} answers and passages")
         return Scores.of(columns | {"prompt": [number] * len(columns["token"])})
 
-    works = [partial(scored, number, answer) for number, answer in enumerate(pack.answers)]
-    scores = Scores.joined(await _by_turns(works, at_once))
+    scores = Scores.joined(await _by_turns([partial(scored, number) for number in numbers], at_once))
     # An answer's first token comes from the prompt's prefill, in both phases.
     return scores if phase == "prefill" else scores.where(scores.position > 0)
 

@@ -54,6 +54,7 @@ class Replica:
         turns: Turns | None = None,
         patience: Patience | None = None,
         takes_faults: bool = False,
+        address_file: Path | None = None,
     ) -> None:
         self.tier = tier
         self.name = f"{tier.name} ({number} of {of})" if of > 1 else tier.name
@@ -71,6 +72,7 @@ class Replica:
         self._start_timeout_s = start_timeout_s
         self._start_locks = start_locks
         self._takes_faults = takes_faults
+        self._address_file = address_file
         self.turns = turns
         self._engine: Engine | None = None
         self._failed = asyncio.Event()
@@ -124,7 +126,7 @@ class Replica:
         port, key = free_port(), secrets.token_urlsafe(32)
         command = engine_command(self.tier, self._backend, port, key, takes_faults=self._takes_faults)
         self._failed.clear()
-        self._engine = await Engine.launch(self.name, command, self.log_file)
+        self._engine = await Engine.launch(self.name, command, self.log_file, self._address_file)
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
         say("reading its precision back")
         await self._read_back(self._engine)

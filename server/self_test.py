@@ -13,12 +13,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from server import checks
-from server.certify import only
 from server.checks import Found
 from server.config import Config
 from server.fleet import Fleet
 from server.measure import make_pack, score
 from server.progress import Steps
+from server.running import only
 from server.serve import running_engines
 from tiers.conformance.detection import Detection, detect
 from tiers.conformance.faults import BY_NAME, FAULTS, Fault, FaultName
@@ -130,8 +130,9 @@ class _Tested:
                 self._packs[is_long] = await make_pack(
                     reference.replicas[0].engine,
                     reference.tier.name,
-                    reference.manifest,
+                    reference.tier.checkpoint,
                     prompts,
+                    (),
                     self._folder / ("long" if is_long else "short"),
                     tokens=TOKENS,
                     fingerprint="",

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from server.app import build_app
+from server.background import certify_in_background
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
@@ -74,7 +75,7 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
     config = _with_room(config)
     with listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
-        fleet_of = asyncio.create_task(_prepare(config, backend_of(config), steps, build=build))
+        fleet_of = asyncio.create_task(_prepare(config, backend_of(config), steps, build=build, writes_down=True))
         if not await _unless_asked(stop, fleet_of):
             return
         fleet, metrics = fleet_of.result()
@@ -99,7 +100,7 @@ async def running_engines(
 ) -> AsyncIterator[Fleet]:
     """Every tier's engines, started and verified, with no gateway in front; ended with the block.
 
-    With ``takes_faults`` they are such as can be broken, for the self-test.
+    With ``takes_faults`` they are such as can be broken, for the self-test. Nobody else learns where they answer.
 
     Raises:
         AssayError: into the block; nothing is left running.
@@ -118,7 +119,13 @@ def backend_of(config: Config) -> Backend:
 
 
 async def _prepare(
-    config: Config, backend: Backend, steps: Steps, *, build: bool, takes_faults: bool = False
+    config: Config,
+    backend: Backend,
+    steps: Steps,
+    *,
+    build: bool,
+    takes_faults: bool = False,
+    writes_down: bool = False,
 ) -> tuple[Fleet, Metrics]:
     """Check everything, build what is missing, and lay out the replicas; no engine is started."""
     tiers = config.tiers
@@ -149,6 +156,7 @@ async def _prepare(
             turns=turns.get((engine.name, engine.resources.gpus)),
             patience=config,
             takes_faults=takes_faults,
+            address_file=config.address_of(engine) if writes_down and number == 1 else None,
         )
 
     pools = [
@@ -202,6 +210,8 @@ async def _run(
             return
         fleet.watch()
         announce(fleet, url_of(listener), keys)
+        certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
+        ending.push_async_callback(_cancel, certifying)
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()
@@ -261,6 +271,12 @@ async def _stop_gateway(server: Server, gateway: asyncio.Task[None]) -> None:
     if not done:
         server.force_exit = True
     await gateway
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """End what runs beside the server."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _unless_asked(stop: Stop, work: asyncio.Task[object] | asyncio.Task[None]) -> bool:

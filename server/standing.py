@@ -32,6 +32,8 @@ class Standing:
     """In sentences; none of a tier that passes."""
     certificate: Certificate | None = None
     """The tier's, even where it says nothing of what runs now."""
+    holds: bool = False
+    """Whether it is of what runs now, whatever it says of that."""
 
     @property
     def has_passed(self) -> bool:
@@ -103,12 +105,12 @@ def _standing(certificate: Certificate | None, pool: Pool) -> Standing:
         return Standing("none", reasons, certificate)
     findings = certificate.predicate.findings
     if findings.verdict is Verdict.PASS:
-        return Standing("pass", (), certificate)
+        return Standing("pass", (), certificate, holds=True)
     decisive = tuple(_said(each) for each in findings.judgements if each.verdict is findings.verdict)
     if findings.verdict is Verdict.FAIL:
-        return Standing("fail", decisive or ("The tier is over its budget.",), certificate)
+        return Standing("fail", decisive or ("The tier is over its budget.",), certificate, holds=True)
     undecided = "The measurement is inconclusive."
-    return Standing("none", (undecided, *decisive), certificate)
+    return Standing("none", (undecided, *decisive), certificate, holds=True)
 
 
 def _why_void(certificate: Certificate, pool: Pool) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from server.engine import Engine
 from server.measure import make_pack, score
 from tests.engines.conftest import CHECKPOINTS, LITE_RECIPE, MODEL, TIERS, Server
-from tiers.conformance.pack import Pack
+from tiers.conformance.corpus import load_corpus
+from tiers.conformance.pack import Pack, head_of
 from tiers.conformance.prompts import load_prompts
 from tiers.conformance.scores import PHASES, Phase, Scores
-from tiers.conformance.sequence import Sequence
+from tiers.conformance.sequence import TOP, Keep, Sequence
 from tiers.conformance.truth import write_truth
 from tiers.manifest import Manifest
 
@@ -57,12 +58,12 @@ def pack(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """Of a few short prompts in several languages."""
     prompts = [prompt for prompt in load_prompts(quick=True) if prompt.kind in ("chat", "knowledge")][:4]
     folder = tmp_path_factory.mktemp("pack")
-    manifest = Manifest.read(REFERENCE)
+    passages = [passage for passage in load_corpus() if passage.language == "en"][:1]
 
     async def make(engine: Engine) -> Pack:
         model = f"{MODEL}-Reference"
         return await make_pack(
-            engine, model, manifest, prompts, folder, tokens=TOKENS, fingerprint="test", say=silent
+            engine, model, REFERENCE, prompts, passages, folder, tokens=TOKENS, fingerprint="test", say=silent
         )
 
     made: Pack = engines.run("Reference", make)
@@ -93,6 +94,41 @@ def test_a_pack_is_read_back_as_it_was_written(pack: Pack) -> None:
     assert {len(load_file(pack.folder / a.hidden)["hidden"]) - len(a.answer) for a in pack.answers} == {0}
 
 
+def test_a_pack_keeps_the_likeliest_tokens_of_its_hidden_states(pack: Pack) -> None:
+    """Recomputed in float64; enough for bounds, without the states and the head."""
+    at = head_of(REFERENCE)
+    head = load_file(at.file)[at.name].double()
+    for number, answer in enumerate(pack.answers):
+        ln_p = (load_file(pack.folder / answer.hidden)["hidden"].double() @ head.T).log_softmax(-1)
+        kept = pack.likeliest(number)
+        tokens = torch.tensor(kept.tokens).long()
+        assert kept.tokens.shape == (len(answer.answer), TOP)
+        assert torch.allclose(torch.tensor(kept.ln_p).double(), ln_p.gather(-1, tokens), atol=1e-4)
+        assert torch.allclose(torch.tensor(kept.ln_p).double(), ln_p.topk(TOP).values, atol=1e-4)
+        rest = 1 - ln_p.gather(-1, tokens).exp().sum(-1)
+        assert torch.allclose(torch.tensor(kept.ln_rest).double().exp(), rest, rtol=1e-3, atol=1e-9)
+        given = ln_p.gather(-1, torch.tensor(answer.answer)[:, None]).squeeze(-1)
+        assert torch.allclose(torch.tensor(kept.ln_given).double(), given, atol=1e-4)
+
+
+def test_a_prompt_from_the_prefix_cache_is_scored_as_one_that_is_computed(engines: Engines, pack: Pack) -> None:
+    """Of the longest prompt, of which there are whole blocks in the cache."""
+    longest = max(range(len(pack.answers)), key=lambda number: len(pack.answers[number].prompt))
+    for phase in PHASES:
+        computed, cached = (
+            engines.run(
+                "Reference",
+                lambda engine, phase=phase, cached=cached: score(
+                    engine, pack, REFERENCE, phase, say=silent, only=[longest], cached=cached
+                ),
+            )
+            for cached in (False, True)
+        )
+        assert cached.position.tolist() == computed.position.tolist()
+        assert abs(cached.ln_q - computed.ln_q).max() < 0.3
+        assert cached.kl.mean() < 0.01
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("tier", ["Lite"])
 def test_the_numbers_are_those_of_the_captured_distributions(
@@ -101,7 +137,7 @@ def test_the_numbers_are_those_of_the_captured_distributions(
     """Recomputed in float64, in other words, from what the engine compared."""
     answer = max(pack.answers, key=lambda each: len(each.answer))
     saved = tmp_path / "saved.safetensors"
-    reference = pack.reference(answer, REFERENCE)
+    reference = pack.reference(answer, head_of(REFERENCE))
     ours = walked(
         engines,
         tier,
@@ -110,12 +146,11 @@ def test_the_numbers_are_those_of_the_captured_distributions(
             answer=answer.answer,
             phase=phase,
             reference=reference,
-            save=str(saved),
-            save_logits=True,
+            keep=Keep(file=str(saved), logits=True),
         ),
     )
     hidden = load_file(pack.folder / answer.hidden)["hidden"].double()
-    head = load_file(reference.head)[reference.head_name].double()
+    head = load_file(reference.head.file)[reference.head.name].double()
     p = (hidden @ head.T).softmax(-1)
     q = load_file(saved)["logits"].double().softmax(-1)
     kl = (p * (p.log() - q.log())).sum(-1)
@@ -140,7 +175,7 @@ def test_the_tiers_are_above_the_noise_floor_in_their_order(
 
 def test_the_public_api_says_the_same_of_a_token(assay: Server, engines: Engines, pack: Pack) -> None:
     """A greedy answer, asked for again: the engine's own log-probabilities are those it was scored by."""
-    answer = next(each for each in pack.answers if each.greedy)
+    answer = next(each for each in pack.answers if each.source == "greedy")
     ours = walked(
         engines,
         "Reference",
@@ -148,7 +183,7 @@ def test_the_public_api_says_the_same_of_a_token(assay: Server, engines: Engines
             prompt=answer.prompt,
             answer=answer.answer,
             phase="decode",
-            reference=pack.reference(answer, REFERENCE),
+            reference=pack.reference(answer, head_of(REFERENCE)),
         ),
     )
     said = assay.client().completions.create(
@@ -200,17 +235,16 @@ def test_what_cannot_be_compared_is_refused_and_the_engine_serves_on(
     assay: Server, engines: Engines, pack: Pack
 ) -> None:
     answer = pack.answers[0]
-    wrong = pack.reference(answer, REFERENCE).model_copy(update={"hidden": "/nowhere.safetensors"})
-    for reference in (wrong, pack.reference(pack.answers[0], REFERENCE).model_copy(update={"head_name": "x"})):
+    right, no_head = (
+        pack.reference(answer, head_of(REFERENCE)),
+        head_of(REFERENCE).model_copy(update={"name": "x"}),
+    )
+    for wrong in ({"hidden": "/nowhere.safetensors"}, {"head": no_head}):
+        reference = right.model_copy(update=wrong)
         sequence = Sequence(prompt=answer.prompt, answer=answer.answer, phase="prefill", reference=reference)
         with pytest.raises(Exception, match="cannot be read"):
             engines.run("Lite", lambda engine, sequence=sequence: engine.walk(sequence))
-    longer = Sequence(
-        prompt=answer.prompt,
-        answer=[*answer.answer, 1],
-        phase="decode",
-        reference=pack.reference(answer, REFERENCE),
-    )
+    longer = Sequence(prompt=answer.prompt, answer=[*answer.answer, 1], phase="decode", reference=right)
     with pytest.raises(Exception, match="hidden states are"):
         engines.run("Lite", lambda engine: engine.walk(longer))
     assert _ask(assay)

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -18,7 +18,8 @@ PROMPTS = {name: Prompt(name, "chat", "en", ({"role": "user", "content": name},)
 
 
 def answer(name: str, *, greedy: bool = True, prompt: list[int] = PROMPT) -> Answer:
-    return Answer(prompt_id=name, kind="chat", language="en", greedy=greedy, prompt=prompt, answer=[9])
+    source: Literal["greedy", "sampled"] = "greedy" if greedy else "sampled"
+    return Answer(prompt_id=name, kind="chat", language="en", source=source, prompt=prompt, answer=[9])
 
 
 class Answers:

@@ -22,6 +22,7 @@ from tiers.conformance.findings import (
     Findings,
     Flips,
     Metrics,
+    NoiseFloor,
     PhaseFindings,
     Tails,
     WorstToken,
@@ -115,11 +116,23 @@ def make_phase(scores: Scores, noise: Scores | None = None) -> PhaseFindings:
     }
     return PhaseFindings(
         overall=make_metrics(scores),
+        corpus=make_metrics(scores.where(scores.prompt % 3 == 0)),
         flips=Flips(right_to_wrong=71, wrong_to_right=58, p_value=0.292),
         by_kind={name: make_metrics(part) for name, part in kinds.items()},
         by_language={name: make_metrics(part) for name, part in languages.items() if len(part)},
         by_position={name: make_metrics(part) for name, part in ranges.items()},
-        noise_floor=make_metrics(noise) if noise else None,
+        noise_floor=make_floor(noise) if noise else None,
+    )
+
+
+def make_floor(noise: Scores) -> NoiseFloor:
+    """The same of the reference, each prompt's under one of three conditions."""
+    conditions = ("other neighbours", "prefix cache", "restarted")
+    parts = {name: noise.where(noise.prompt % 3 == place) for place, name in enumerate(conditions)}
+    return NoiseFloor(
+        overall=make_metrics(noise),
+        corpus=make_metrics(parts["restarted"]),
+        by_condition={name: make_metrics(part) for name, part in parts.items()},
     )
 
 
@@ -131,7 +144,7 @@ def make_findings(
     judgements = [
         each
         for phase, found in phases.items()
-        for each in judge(found.overall, phase, Budget(**BUDGET[phase]), exact=exact)
+        for each in judge(found, phase, Budget(**BUDGET[phase]), exact=exact)
     ]
     worst = [
         WorstToken(
@@ -163,10 +176,8 @@ def make_few_findings(prompts: int = 10, in_group: int = 2, scale: float = 0.005
     names = [place // in_group for place in range(prompts)]
     for phase, scores in make_measurement(scale, prompts)[0].items():
         kinds, languages = [KINDS[each] for each in names], [LANGUAGES[each] for each in names]
-        phases[phase] = phase_findings(scores, kinds, languages)
-    judgements = [
-        each for phase, found in phases.items() for each in judge(found.overall, phase, Budget(**BUDGET[phase]))
-    ]
+        phases[phase] = phase_findings(scores, scores, kinds, languages)
+    judgements = [each for phase, found in phases.items() for each in judge(found, phase, Budget(**BUDGET[phase]))]
     return Findings(
         exact=True, phases=phases, judgements=judgements, verdict=overall(judgements), worst=[], seconds=3
     )
@@ -197,7 +208,13 @@ def make_certificate(findings: Findings, kind: TierKind = TierKind.TURBO) -> Cer
             verified=verified,
             hardware=Hardware(device="NVIDIA H100 80GB HBM3", device_class="sm_90", backend="cuda"),
             versions=Versions(assay="0.1.0", vllm="0.32.0", torch="2.13.0"),
-            pack=Pack(digest="1f" * 32, prompt_set="2e" * 32, prompts=findings.phases["decode"].overall.prompts),
+            pack=Pack(
+                digest="1f" * 32,
+                prompt_set="2e" * 32,
+                prompts=findings.phases["decode"].overall.prompts,
+                corpus="5b" * 32,
+                passages=findings.phases["decode"].corpus.prompts,
+            ),
             tokenizer="3d" * 32,
             chat_template="4c" * 32,
             budget=BUDGET,

@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from tests.tiers.test_statistics import random_scores
 from tiers.conformance.budget import PUBLISHED, Budget, judge, overall
-from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Judgement, Metrics, Tails, Verdict
+from tiers.conformance.findings import (
+    FEWEST_PROMPTS,
+    Estimate,
+    Flips,
+    Judgement,
+    Metrics,
+    PhaseFindings,
+    Tails,
+    Verdict,
+)
 from tiers.conformance.statistics import measure
 from tiers.tier import TierKind
 
@@ -22,11 +31,19 @@ def metrics(prompts: int = 100, **estimates: Estimate) -> Metrics:
     return Metrics.model_validate({"prompts": prompts, "tokens": 1, "kl_tails": tails, "perplexity": 1, **rest})
 
 
+def phase_of(found: Metrics, corpus: Metrics | None = None) -> PhaseFindings:
+    """A phase of which nothing else is known."""
+    flips = Flips(right_to_wrong=0, wrong_to_right=0, p_value=1)
+    return PhaseFindings(
+        overall=found, corpus=corpus or found, flips=flips, by_kind={}, by_language={}, by_position={}
+    )
+
+
 def judged(
     value: float, low: float, high: float, budget: float, prompts: int = 100, *, exact: bool = True
 ) -> Judgement:
     estimate = Estimate(value=value, low=low, high=high)
-    (only,) = judge(metrics(prompts, kl=estimate), "decode", Budget(kl=budget), exact=exact)
+    (only,) = judge(phase_of(metrics(prompts, kl=estimate)), "decode", Budget(kl=budget), exact=exact)
     assert (only.metric, only.phase, only.estimate, only.budget) == ("kl", "decode", estimate, budget)
     return only
 
@@ -70,7 +87,10 @@ def test_a_lower_bound_fails_a_limit_and_never_passes_one(
 def test_what_the_public_api_tells_exactly_is_judged_as_ever() -> None:
     low = Estimate(value=0.001, low=0.0009, high=0.0011)
     found = judge(
-        metrics(kl=low, rejection=low, perplexity_gap=low), "decode", PUBLISHED[TierKind.TURBO], exact=False
+        phase_of(metrics(kl=low, rejection=low, perplexity_gap=low)),
+        "decode",
+        PUBLISHED[TierKind.TURBO],
+        exact=False,
     )
     assert [(each.metric, each.verdict) for each in found] == [
         ("kl", "INCONCLUSIVE"),
@@ -91,10 +111,15 @@ def test_an_open_judgement_says_why_and_no_other_does() -> None:
 
 def test_each_metric_with_a_budget_is_judged_by_its_own() -> None:
     found = judge(
-        metrics(
-            kl=Estimate(value=0.01, low=0.009, high=0.011),
-            rejection=Estimate(value=0.01, low=0.009, high=0.011),
-            perplexity_gap=Estimate(value=-0.2, low=-0.3, high=-0.1),
+        phase_of(
+            metrics(
+                kl=Estimate(value=0.01, low=0.009, high=0.011),
+                rejection=Estimate(value=0.01, low=0.009, high=0.011),
+                perplexity_gap=Estimate(value=9, low=8, high=10),
+            ),
+            corpus=metrics(
+                kl=Estimate(value=9, low=8, high=10), perplexity_gap=Estimate(value=-2, low=-3, high=-1)
+            ),
         ),
         "prefill",
         PUBLISHED[TierKind.TURBO],
@@ -104,8 +129,15 @@ def test_each_metric_with_a_budget_is_judged_by_its_own() -> None:
         ("rejection", "PASS"),
         ("perplexity_gap", "PASS"),
     ]
-    assert [each.metric for each in judge(metrics(), "decode", PUBLISHED[TierKind.REFERENCE])] == ["kl"]
-    assert judge(metrics(), "decode", Budget()) == []
+    assert [each.metric for each in judge(phase_of(metrics()), "decode", PUBLISHED[TierKind.REFERENCE])] == ["kl"]
+    assert judge(phase_of(metrics()), "decode", Budget()) == []
+
+
+def test_perplexity_is_judged_on_the_corpus_and_all_else_on_the_answers() -> None:
+    answers = metrics(kl=Estimate(value=1, low=1, high=1), perplexity_gap=Estimate(value=2, low=2, high=2))
+    corpus = metrics(kl=Estimate(value=3, low=3, high=3), perplexity_gap=Estimate(value=4, low=4, high=4))
+    found = judge(phase_of(answers, corpus), "prefill", Budget(kl=5, perplexity_gap=5))
+    assert [each.estimate.value for each in found] == [1, 4]
 
 
 def test_every_kind_of_tier_has_a_budget_and_a_lower_grade_a_wider_one() -> None:
@@ -153,10 +185,12 @@ def test_what_no_number_of_prompts_settles_has_none() -> None:
 def test_few_prompts_decide_nothing_whatever_they_say() -> None:
     few = measure(random_scores(np.random.default_rng(0), prompts=FEWEST_PROMPTS - 1, tokens=50, mean=0.01))
     for limit in (1e-9, 0.99):
-        found = judge(few, "decode", Budget(kl=limit, rejection=limit, perplexity_gap=limit))
+        found = judge(phase_of(few), "decode", Budget(kl=limit, rejection=limit, perplexity_gap=limit))
         assert [(each.verdict, each.further_prompts) for each in found] == [("INCONCLUSIVE", 1)] * 3
         assert {each.why_open for each in found} == {"too few prompts"}
-    alone = judge(measure(random_scores(np.random.default_rng(0), 1, 50)), "decode", PUBLISHED[TierKind.TURBO])
+    alone = judge(
+        phase_of(measure(random_scores(np.random.default_rng(0), 1, 50))), "decode", PUBLISHED[TierKind.TURBO]
+    )
     assert overall(alone) is Verdict.INCONCLUSIVE
     assert {each.further_prompts for each in alone} == {FEWEST_PROMPTS - 1}
 
@@ -175,7 +209,7 @@ def test_so_many_further_prompts_settle_it_half_the_time_and_four_times_as_many_
     assert further > 40
 
     def settled(found: list[Metrics]) -> float:
-        return float(np.mean([judge(each, "decode", budget)[0].verdict == "PASS" for each in found]))
+        return float(np.mean([judge(phase_of(each), "decode", budget)[0].verdict == "PASS" for each in found]))
 
     assert settled(first) < 0.4
     then = repeated(start + further)

@@ -208,7 +208,7 @@ def test_every_metric_stands_there_with_interval_limit_and_noise_floor(page: Pag
         assert f"{shares[0]} {shares[1]} to {shares[2]} –" in page.text
         assert f"{100 * metrics.rejection.value:.2f}%" in page.text
         assert f"{100 * metrics.rms_delta_p.value:.2f}%" in page.text
-        assert f"{noise.kl.value:.7f}" in page.text
+        assert f"{noise.overall.kl.value:.7f}" in page.text
         assert f"{metrics.kl_tails.p99:.4f}".rstrip("0") in page.text
 
 

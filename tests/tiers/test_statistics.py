@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Metrics
 from tiers.conformance.scores import Scores
-from tiers.conformance.statistics import count_flips, measure, phase_findings
+from tiers.conformance.statistics import count_flips, measure, noise_floor, phase_findings
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 
@@ -196,7 +196,7 @@ def test_no_tokens_and_broken_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         measure(scores([]))
     with pytest.raises(ValueError, match="no tokens"):
-        phase_findings(scores([]), [], [])
+        phase_findings(scores([]), scores([0]), [], [])
     with pytest.raises(ValueError, match="2 of 3 tokens"):
         measure(scores([0, 1, 2], kl=[math.nan, 0, 0], ln_q=[0, -math.inf, 0]))
 
@@ -226,8 +226,8 @@ def test_a_phase_is_split_by_kind_language_and_position() -> None:
         position=np.tile(np.arange(300), 3),
         kl=np.repeat([0.1, 0.2, 0.6], 300) + np.tile(np.arange(300) >= 256, 3),
     )
-    floor = measure(scores([0]))
-    found = phase_findings(measured, ["chat", "code", "chat", "math"], ["en", "en", "de", "de"], floor)
+    floor, corpus = noise_floor({"restarted": scores([0])}, scores([1])), scores([0, 1], ln_q=[QUARTER, QUARTER])
+    found = phase_findings(measured, corpus, ["chat", "code", "chat", "math"], ["en", "en", "de", "de"], floor)
     assert {name: each.kl.value for name, each in found.by_kind.items()} == pytest.approx(
         {"chat": 0.15 + 44 / 300, "math": 0.6 + 44 / 300}
     ), "code has no tokens, and is not there"
@@ -241,18 +241,39 @@ def test_a_phase_is_split_by_kind_language_and_position() -> None:
     assert found.by_position["256–"].kl.value == pytest.approx(1.3)
     assert list(found.by_position) == ["0–15", "16–63", "64–255", "256–"]
     assert found.overall == measure(measured)
+    assert found.corpus.perplexity_gap.value == pytest.approx(4 - 2)
     assert found.noise_floor == floor
+
+
+def test_the_noise_floor_is_of_all_conditions_together_and_of_each() -> None:
+    conditions = {"restarted": scores([0, 1], kl=[0.1, 0.1]), "prefix cache": scores([2, 3], kl=[0.3, 0.3])}
+    floor = noise_floor(conditions, scores([0], kl=[0.7]))
+    assert floor.overall.kl.value == pytest.approx(0.2)
+    assert floor.overall.prompts == 4
+    assert {name: each.kl.value for name, each in floor.by_condition.items()} == pytest.approx(
+        {"restarted": 0.1, "prefix cache": 0.3}
+    )
+    assert (floor.judged("kl"), floor.judged("perplexity_gap")) == (floor.overall, floor.corpus)
+
+
+def test_more_confidence_is_a_wider_interval_around_the_same_figure() -> None:
+    measured = random_scores(np.random.default_rng(3), prompts=40, tokens=20)
+    narrow, wide = measure(measured, resamples=2000), measure(measured, confidence=0.9875, resamples=2000)
+    assert wide.kl.value == narrow.kl.value
+    assert wide.kl.low < narrow.kl.low < narrow.kl.high < wide.kl.high
+    never = scores(np.arange(60) % 6)
+    assert measure(never, confidence=0.99).rejection.high > measure(never).rejection.high
 
 
 def test_a_prompt_without_kind_or_language_is_refused() -> None:
     with pytest.raises(ValueError, match="prompts 0 to 2, of 2 known"):
-        phase_findings(scores([0, 2]), ["chat", "chat"], ["en"] * 3)
+        phase_findings(scores([0, 2]), scores([0]), ["chat", "chat"], ["en"] * 3)
 
 
 def test_a_phase_of_200_prompts_takes_about_a_second() -> None:
     measured = random_scores(np.random.default_rng(2), prompts=200, tokens=340)
     started = time.process_time()
-    phase_findings(measured, ["chat", "code", "math", "long"] * 50, ["en", "de", "fr", "hi", "th"] * 40)
+    phase_findings(measured, measured, ["chat", "code", "math", "long"] * 50, ["en", "de", "fr", "hi", "th"] * 40)
     took = time.process_time() - started
     print(f"{len(measured)} tokens of 200 prompts: {took:.2f} s")
     assert took < 5

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tiers.conformance.findings import FEWEST_PROMPTS, LOWER_BOUNDS, Estimate, Judgement, Metrics, Verdict, WhyOpen
+from tiers.conformance.findings import (
+    FEWEST_PROMPTS,
+    LOWER_BOUNDS,
+    Estimate,
+    Judgement,
+    Metrics,
+    PhaseFindings,
+    Verdict,
+    WhyOpen,
+)
 from tiers.conformance.scores import Phase
 from tiers.tier import TierKind
 
@@ -27,7 +36,7 @@ class Budget(BaseModel):
     perplexity_gap: float | None = Field(
         default=None,
         gt=0,
-        description="By how much the tier's perplexity, over the reference's answers, may exceed the reference's.",
+        description="By how much the tier's perplexity on the fixed corpus may exceed the reference's.",
     )
 
 
@@ -42,7 +51,7 @@ PUBLISHED: Mapping[TierKind, Budget] = {
 rejection of 7.8% for q4_K_M."""
 
 
-def judge(metrics: Metrics, phase: Phase, budget: Budget, *, exact: bool = True) -> list[Judgement]:
+def judge(found: PhaseFindings, phase: Phase, budget: Budget, *, exact: bool = True) -> list[Judgement]:
     """Each metric that has a budget: PASS with its whole interval below it, FAIL with all of it above.
 
     Where divergences are not ``exact`` but lower bounds, one above its budget is a FAIL, and one below it says
@@ -50,7 +59,7 @@ def judge(metrics: Metrics, phase: Phase, budget: Budget, *, exact: bool = True)
     given one is.
     """
     return [
-        _judge(metric, metrics, phase, limit, is_bound=not exact and metric in LOWER_BOUNDS)
+        _judge(metric, found.judged(metric), phase, limit, is_bound=not exact and metric in LOWER_BOUNDS)
         for metric, limit in budget
         if limit is not None
     ]

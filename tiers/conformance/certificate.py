@@ -66,6 +66,9 @@ class Pack(_Plain):
     prompt_set: Digest = _SHA256
     """Of the prompts alone, whatever the reference answered."""
     prompts: int = Field(ge=1)
+    corpus: Digest = _SHA256
+    """Of the passages of which perplexity was measured."""
+    passages: int = Field(ge=1)
 
 
 class Conformance(_Plain):

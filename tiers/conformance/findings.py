@@ -42,7 +42,8 @@ _End = Annotated[float, Field(allow_inf_nan=True), PlainSerializer(_for_json, wh
 
 
 class Estimate(_Plain):
-    """A figure with its 95% interval, from a bootstrap over prompts: unbounded when they are too few for one."""
+    """A figure with its interval (95%; see `Findings.confidence`), from a bootstrap over prompts: unbounded when
+    they are too few for one."""
 
     value: float
     low: Annotated[_End, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "-Infinity"}]})]
@@ -139,17 +140,36 @@ class WorstToken(_Plain):
     ln_q: float
 
 
+class NoiseFloor(_Plain):
+    """The same figures of the reference against itself: whatever is not above them is not there."""
+
+    overall: Metrics
+    corpus: Metrics
+    by_condition: dict[str, Metrics]
+    """By what was other than when the reference answered: neighbours, cache, process. Each had its own prompts."""
+
+    def judged(self, metric: str) -> Metrics:
+        """As `PhaseFindings.judged`."""
+        return self.corpus if metric == "perplexity_gap" else self.overall
+
+
 class PhaseFindings(_Plain):
     """One phase."""
 
     overall: Metrics
+    """Over the reference's answers."""
+    corpus: Metrics
+    """Over the passages of the fixed corpus, each in the place of a prompt."""
     flips: Flips
     by_kind: dict[str, Metrics]
     by_language: dict[str, Metrics]
     by_position: dict[str, Metrics]
     """By ranges of positions in the answer, such as 0–15, in their order."""
-    noise_floor: Metrics | None = None
-    """The same figures of the reference against itself."""
+    noise_floor: NoiseFloor | None = None
+
+    def judged(self, metric: str) -> Metrics:
+        """Over what a budget limits this metric: the corpus for perplexity, the answers for all else."""
+        return self.corpus if metric == "perplexity_gap" else self.overall
 
 
 class Findings(_Plain):
@@ -160,6 +180,9 @@ class Findings(_Plain):
     phases: dict[Phase, PhaseFindings]
     judgements: list[Judgement]
     verdict: Verdict
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of each interval. More than 95% where it was looked at more than once, and would have stopped at the first
+    verdict: 95% for all looks together."""
     worst: list[WorstToken] = Field(default_factory=list)
     seconds: float
     """How long the measurement took."""

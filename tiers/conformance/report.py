@@ -21,6 +21,7 @@ from tiers.conformance.findings import (
     Findings,
     Judgement,
     Metrics,
+    NoiseFloor,
     PhaseFindings,
     Verdict,
 )
@@ -105,6 +106,7 @@ class _Section:
     headline: str
     explanation: list[str]
     rows: dict[Phase, list[_Row]]
+    floors: dict[Phase, NoiseFloor]
     groups: dict[str, list[_Group]]
     spreads: dict[Phase, Markup]
     by_position: Markup
@@ -147,6 +149,7 @@ def _template() -> Template:
         "count": lambda value: f"{value:,}",
         "chance": wording.chance,
         "duration": wording.duration,
+        "percent": wording.percent,
         "spoken": lambda name: name.replace("_", " "),
     }
     return environment.get_template("report.html.jinja")
@@ -167,6 +170,7 @@ def _section(measured: Measured, anchor: str) -> _Section:
         headline=wording.headline(certificate),
         explanation=wording.explanation(findings),
         rows={phase: _rows(findings, phase, found) for phase, found in findings.phases.items()},
+        floors={phase: found.noise_floor for phase, found in findings.phases.items() if found.noise_floor},
         groups={
             "kind of prompt": _groups({phase: found.by_kind for phase, found in findings.phases.items()}),
             "language": _groups({phase: found.by_language for phase, found in findings.phases.items()}),
@@ -210,17 +214,18 @@ def _rows(findings: Findings, phase: Phase, found: PhaseFindings) -> list[_Row]:
     judged = {each.metric: each for each in findings.judgements if each.phase == phase}
     rows = []
     for shown in wording.METRICS:
-        estimate: Estimate = getattr(found.overall, shown.name)
-        noise: Estimate | None = getattr(found.noise_floor, shown.name) if found.noise_floor else None
+        estimate: Estimate = getattr(found.judged(shown.name), shown.name)
+        floor = found.noise_floor.judged(shown.name) if found.noise_floor else None
+        noise: Estimate | None = getattr(floor, shown.name) if floor else None
         judgement = judged.get(shown.name)
         limit = judgement.budget if judgement else None
         # One scale for both phases, so that one may look from one to the other.
         ends = _ends(
             [
-                getattr(metrics, shown.name)
+                getattr(measured.judged(shown.name), shown.name)
                 for each in findings.phases.values()
-                for metrics in (each.overall, each.noise_floor)
-                if metrics
+                for measured in (each, each.noise_floor)
+                if measured
             ],
             [each.budget for each in findings.judgements if each.metric == shown.name],
         )

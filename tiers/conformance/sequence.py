@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tiers.conformance.scores import Phase
 
+TOP = 20
+"""The likeliest tokens of a position that are kept: as many as vLLM tells of by default."""
+
 Tokens = list[int]
 
 
@@ -13,15 +16,32 @@ class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Head(_Plain):
+    """Where a head is: a path on the engine's machine."""
+
+    file: str
+    """A safetensors file that has it, [V, H]."""
+    name: str
+
+
 class Reference(_Plain):
     """Where the reference's distributions of the answer are: paths on the engine's machine."""
 
     hidden: str
-    """A safetensors file with the final hidden states, [A, H]."""
-    name: str = "hidden"
-    head: str
-    """A safetensors file with the head, [V, H]."""
-    head_name: str
+    """A safetensors file with the final hidden states, [A, H], as ``hidden``."""
+    head: Head
+
+
+class Keep(_Plain):
+    """What of this engine's own distributions of the answer is written into a safetensors file."""
+
+    file: str
+    """It gets the final hidden states, [A, H], as ``hidden``."""
+    head: Head | None = None
+    """With a head the likeliest tokens that it makes of them too: ``top`` and ``ln_top``, [A, TOP], and
+    ``ln_rest``, [A], the remaining mass, and ``ln_given``, [A], of the answer's own tokens."""
+    logits: bool = False
+    """Whether what was compared is written as ``logits``, [A, V]: for whoever recomputes it."""
 
 
 class Sequence(_Plain):
@@ -32,11 +52,10 @@ class Sequence(_Plain):
     phase: Phase
     """prefill: the whole is one prompt; decode: the answer is generated token by token, each forced."""
     reference: Reference | None = None
-    """None: nothing is compared, and only `save` is done."""
-    save: str | None = None
-    """Where to write this engine's own final hidden states of the answer, [A, H], as ``hidden``."""
-    save_logits: bool = False
-    """Whether to write, as ``logits``, what was compared too, [A, V]: for whoever recomputes it."""
+    """None: nothing is compared, and only `keep` is done."""
+    keep: Keep | None = None
+    cached: bool = False
+    """Whether the prompt is put into the prefix cache first, and read from there; else nothing is read from it."""
 
 
 class Scored(_Plain):

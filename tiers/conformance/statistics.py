@@ -4,7 +4,7 @@ Tokens of one prompt are not independent, prompts are: every interval is a boots
 Knows no budgets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,28 +12,35 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import binomtest
 
-from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Flips, Metrics, PhaseFindings, Tails
+from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Flips, Metrics, NoiseFloor, PhaseFindings, Tails
 from tiers.conformance.scores import Scores
 
 RESAMPLES = 10_000
 _SEED = 20_240_731
 _CELLS = 1 << 20  # of a chunk's weights [b, P]: 8 MB
-_MISS = 0.025  # on each side
+CONFIDENCE = 0.95
 _BINS = ((0, 16), (16, 64), (64, 256), (256, None))
 
 Floats = NDArray[np.float64]
 
 
 def phase_findings(
-    scores: Scores, kinds: Sequence[str], languages: Sequence[str], noise_floor: Metrics | None = None
+    scores: Scores,
+    corpus: Scores,
+    kinds: Sequence[str],
+    languages: Sequence[str],
+    noise_floor: NoiseFloor | None = None,
+    confidence: float = CONFIDENCE,
 ) -> PhaseFindings:
     """One phase: over all, and by each kind and language of prompt and range of positions that has tokens.
 
     Args:
-        scores: of that phase.
+        scores: of that phase, of answers.
+        corpus: of the corpus.
         kinds: of each of the pack's prompts, where `scores.prompt` points.
         languages: likewise.
         noise_floor: of the reference against itself.
+        confidence: of each interval.
 
     Raises:
         ValueError: there are no tokens, a number is not finite, or a prompt has no kind or language.
@@ -42,16 +49,35 @@ def phase_findings(
     if len(scores) and not 0 <= scores.prompt.min() <= scores.prompt.max() < known:
         raise ValueError(f"scores name prompts {scores.prompt.min()} to {scores.prompt.max()}, of {known} known")
     return PhaseFindings(
-        overall=measure(scores),
+        overall=measure(scores, confidence),
+        corpus=measure(corpus, confidence),
         flips=count_flips(scores),
-        by_kind=_by(scores, kinds),
-        by_language=_by(scores, languages),
-        by_position=_by_position(scores),
+        by_kind=_by(scores, kinds, confidence),
+        by_language=_by(scores, languages, confidence),
+        by_position=_by_position(scores, confidence),
         noise_floor=noise_floor,
     )
 
 
-def measure(scores: Scores, resamples: int = RESAMPLES) -> Metrics:
+def noise_floor(scores: Mapping[str, Scores], corpus: Scores, confidence: float = CONFIDENCE) -> NoiseFloor:
+    """The reference against itself.
+
+    Args:
+        scores: of answers, by what was other than when they were given.
+        corpus: of the corpus, under all of these.
+        confidence: of each interval.
+
+    Raises:
+        ValueError: there are no tokens, or a number is not finite.
+    """
+    return NoiseFloor(
+        overall=measure(Scores.joined([*scores.values()]), confidence),
+        corpus=measure(corpus, confidence),
+        by_condition={name: measure(each, confidence) for name, each in scores.items()},
+    )
+
+
+def measure(scores: Scores, confidence: float = CONFIDENCE, resamples: int = RESAMPLES) -> Metrics:
     """The figures over all these tokens. The same scores give the same intervals.
 
     With fewer than `FEWEST_PROMPTS` prompts the intervals are unbounded, and decide nothing.
@@ -69,14 +95,15 @@ def measure(scores: Scores, resamples: int = RESAMPLES) -> Metrics:
     prompts, row = np.unique(scores.prompt, return_inverse=True)
     sums = np.zeros((len(prompts), quantities.shape[1]))
     np.add.at(sums, row, quantities)
-    low, high = _interval(sums, resamples)
+    miss = (1 - confidence) / 2  # on each side
+    low, high = _interval(sums, resamples, miss)
     kl, tv, rejection, rms, delta_nll, gap = (
         Estimate(value=v, low=a, high=b) for v, a, b in zip(_figures(sums.sum(axis=0)), low, high, strict=True)
     )
     if rejection.value == 0 and np.isfinite(rejection.high):
         # None seen is not none: resampled, 0 is always 0. Tokens that depend on each other tell less than
         # independent ones, whose share may be as high as this (Clopper and Pearson, 1934).
-        rejection = rejection.model_copy(update={"high": 1 - _MISS ** (1 / len(scores))})
+        rejection = rejection.model_copy(update={"high": 1 - miss ** (1 / len(scores))})
     tails = np.quantile(scores.kl, [0.5, 0.9, 0.99, 0.999, 1])
     return Metrics(
         prompts=len(prompts),
@@ -104,18 +131,19 @@ def count_flips(scores: Scores) -> Flips:
     return Flips(right_to_wrong=lost, wrong_to_right=won, p_value=p_value)
 
 
-def _by(scores: Scores, labels: Sequence[str]) -> dict[str, Metrics]:
+def _by(scores: Scores, labels: Sequence[str], confidence: float) -> dict[str, Metrics]:
     label = np.asarray(labels)[scores.prompt]
     seen = set(label.tolist())
-    return {each: measure(scores.where(label == each)) for each in dict.fromkeys(labels) if each in seen}
+    known = [each for each in dict.fromkeys(labels) if each in seen]
+    return {each: measure(scores.where(label == each), confidence) for each in known}
 
 
-def _by_position(scores: Scores) -> dict[str, Metrics]:
+def _by_position(scores: Scores, confidence: float) -> dict[str, Metrics]:
     found = {}
     for first, end in _BINS:
         inside = (scores.position >= first) & (scores.position < (end or np.inf))
         if inside.any():
-            found[f"{first}–{end - 1 if end else ''}"] = measure(scores.where(inside))
+            found[f"{first}–{end - 1 if end else ''}"] = measure(scores.where(inside), confidence)
     return found
 
 
@@ -141,8 +169,8 @@ def _figures(sums: Floats) -> Floats:
     return np.stack([kl, tv, rejection, np.sqrt(squares), nll_q - nll_p, np.exp(nll_q) - np.exp(nll_p)], axis=-1)
 
 
-def _interval(sums: Floats, resamples: int) -> tuple[Floats, Floats]:
-    """The 95% intervals [6], [6] of `_figures`, from sums by prompt [P, 7].
+def _interval(sums: Floats, resamples: int, miss: float) -> tuple[Floats, Floats]:
+    """The intervals [6], [6] of `_figures`, missed on each side so often, from sums by prompt [P, 7].
 
     BCa (Efron, 1987), because divergences are skewed and percentiles alone put the upper end, which a PASS rests
     on, too low: with 50 prompts whose KL is log-normal with σ = 1, the truth lay above it in 12.5% of simulations,
@@ -171,7 +199,7 @@ def _interval(sums: Floats, resamples: int) -> tuple[Floats, Floats]:
         shares = ndtr(bias + (bias + z) / np.maximum(1 - skew * (bias + z), 1e-9))
         return np.array([np.interp(share, ranks, column) for share, column in zip(shares, drawn.T, strict=True)])
 
-    reach = float(stdtrit(count - 1, 1 - _MISS)) * (count / (count - 1)) ** 0.5
+    reach = float(stdtrit(count - 1, 1 - miss)) * (count / (count - 1)) ** 0.5
     return end(-reach), end(reach)
 
 

@@ -10,24 +10,32 @@ import importlib.metadata
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tiers.conformance.pack import Answer, Pack
+from kernels.head import likeliest
+from tiers.conformance.pack import Answer, Pack, head_of
+from tiers.conformance.sequence import TOP
 
 
 @torch.inference_mode()
-def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
+def write_truth(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None = None) -> Pack:
     """Compute every answer of the pack in FP32 and keep the final hidden states.
 
     Args:
         pack: whose answers.
         checkpoint: the reference checkpoint's folder.
         folder: where the new pack is to be.
+        earlier: one that this made of the first of the answers, which are taken over.
     """
+    done = len(earlier.share(folder)) if earlier else 0
+    at = head_of(checkpoint)
+    with safe_open(at.file, framework="pt") as tensors:
+        head = tensors.get_tensor(at.name)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     prompts: dict[tuple[int, ...], list[Answer]] = {}
-    for answer in pack.answers:
+    for answer in pack.answers[done:]:
         prompts.setdefault(tuple(answer.prompt), []).append(answer)
     for number, (prompt, answers) in enumerate(prompts.items(), 1):
         print(f"{number} of {len(prompts)} prompts", flush=True)
@@ -38,9 +46,10 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
                 cache = copy.deepcopy(read.past_key_values)  # it grows with what is read
                 further = model.model(torch.tensor([rest]), past_key_values=cache, use_cache=True)
                 hidden = torch.cat([hidden, further.last_hidden_state[0]])
+            given = torch.tensor(answer.answer)
             file = folder / answer.hidden
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous()}, file)
+            save_file({"hidden": hidden.contiguous()} | likeliest(hidden, head, given, TOP)._asdict(), file)
     version = importlib.metadata.version("transformers")
     return Pack.write(
         folder,
@@ -48,6 +57,7 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path) -> Pack:
         pack.answers,
         engine=f"transformers {version}, float32",
         prompts=pack.prompts,
+        corpus=pack.corpus,
         seed=pack.seed,
     )
 
@@ -58,8 +68,10 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--earlier", type=Path)
     options = parser.parse_args()
-    write_truth(Pack.read(options.pack), options.checkpoint, options.folder)
+    earlier = Pack.read(options.earlier) if options.earlier else None
+    write_truth(Pack.read(options.pack), options.checkpoint, options.folder, earlier)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ METRICS = (
     Shown("rejection", "Rejection rate", "tokens at which another one is the likeliest", "%"),
     Shown("rms_delta_p", "RMS Δp", "how much the probability of the reference's token moves", "%"),
     Shown("delta_nll", "ΔNLL", "above 0 the tier finds the reference's text less likely", "nats", is_signed=True),
-    Shown("perplexity_gap", "Perplexity gap", "the tier's perplexity less the reference's", "", is_signed=True),
+    Shown("perplexity_gap", "Perplexity gap", "of the corpus, less the reference's", "", is_signed=True),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -81,11 +81,11 @@ def explanation(findings: Findings) -> list[str]:
     for judgement in findings.judgements:
         parts[judgement.verdict].append(judgement)
     total, over = len(findings.judgements), parts[Verdict.FAIL]
-    sentences = []
+    sentences, confidence = [], percent(findings.confidence)
     if total and len(parts[Verdict.PASS]) == total:
-        sentences.append(f"Each of its {total} limits holds, with 95% confidence.")
+        sentences.append(f"Each of its {total} limits holds, with {confidence} confidence.")
     if over:
-        sentences.append(f"{len(over)} of its {total} limits {_are(over)} exceeded, with 95% confidence.")
+        sentences.append(f"{len(over)} of its {total} limits {_are(over)} exceeded, with {confidence} confidence.")
         sentences += [_said(judgement, exact=findings.exact) for judgement in over]
     return [*sentences, *_open(parts[Verdict.INCONCLUSIVE], total, exact=findings.exact), *_in_short(findings)]
 
@@ -126,9 +126,9 @@ def _in_short(findings: Findings) -> list[str]:
     agreement = 100 * (1 - found.overall.rejection.value)
     same = f"The likeliest next token is the reference's at {agreement:.1f}% of tokens"
     # Of two lower bounds the ratio says nothing.
-    if not findings.exact or not found.noise_floor or found.noise_floor.kl.value <= 0:
+    if not findings.exact or not found.noise_floor or found.noise_floor.overall.kl.value <= 0:
         return [f"{same}."]
-    times = found.overall.kl.value / found.noise_floor.kl.value
+    times = found.overall.kl.value / found.noise_floor.overall.kl.value
     how_often = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
     return [f"{same}; the KL divergence is {how_often} times the noise floor."]
 
@@ -172,6 +172,11 @@ def probability(ln: float) -> str:
 def chance(p_value: float) -> str:
     """A p-value with its sign of equality, or of less where it is too small to matter."""
     return f"p\u00a0=\u00a0{p_value:.2g}" if p_value >= 0.0001 else "p\u00a0<\u00a00.0001"
+
+
+def percent(share: float) -> str:
+    """A share, such as a confidence."""
+    return f"{100 * share:.4g}%"
 
 
 def duration(seconds: float) -> str:

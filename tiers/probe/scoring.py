@@ -18,10 +18,11 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from kernels.divergence import compare
+from kernels.head import fp32_logits, likeliest
+from tiers.conformance.sequence import TOP
 
 MARK = "assay"
 """The name in a request's extra arguments under which it carries its job's token. Callers cannot set any."""
-_VOCABULARY_AT_ONCE = 16_384
 
 
 class ScoringRefused(Exception):
@@ -134,7 +135,7 @@ class Scorer:
         answer: list[int],
         decodes: bool,
         saves_logits: bool,
-        reference: dict[str, str] | None,
+        reference: dict[str, Any] | None,
     ) -> None:
         """Watch for the request that carries ``token``.
 
@@ -145,8 +146,8 @@ class Scorer:
         job = Job(prompt, torch.tensor(answer, dtype=torch.int64, device=device), decodes)
         job.compared = [] if saves_logits else None
         if reference is not None and self.answers:
-            job.reference = _tensor(reference["hidden"], reference["name"]).to(device)
-            job.head = self._head(reference["head"], reference["head_name"])
+            job.reference = _tensor(reference["hidden"], "hidden").to(device)
+            job.head = self._head(**reference["head"])
             if job.reference.shape != (len(answer), job.head.shape[1]):
                 raise ScoringRefused(
                     f"the reference's hidden states are {tuple(job.reference.shape)} and not "
@@ -156,10 +157,10 @@ class Scorer:
             self._install()
         self._jobs[token] = job
 
-    def _head(self, path: str, name: str) -> Tensor:
-        if (path, name) not in self._heads:
-            self._heads = {(path, name): _tensor(path, name).to(self._runner.device)}
-        return self._heads[path, name]
+    def _head(self, file: str, name: str) -> Tensor:
+        if (file, name) not in self._heads:
+            self._heads = {(file, name): _tensor(file, name).to(self._runner.device)}
+        return self._heads[file, name]
 
     def end(self, token: str) -> None:
         """Forget it; with the last one the engine is as it was."""
@@ -188,7 +189,7 @@ class Scorer:
             return {"left": len(job.answer) - job.scored}
         assert job.reference is not None
         assert job.head is not None
-        p_logits = _fp32_logits(job.reference[at], job.head)
+        p_logits = fp32_logits(job.reference[at], job.head)
         if p_logits.shape != q_logits.shape:
             raise ScoringRefused(f"the tier has {q_logits.shape[1]} tokens and the reference {p_logits.shape[1]}")
         if job.compared is not None:
@@ -214,19 +215,24 @@ class Scorer:
             return torch.empty(0)
         return torch.stack([job.logits.pop(at) for at in rows])
 
-    def save_hidden(self, token: str, path: str) -> None:
-        """Write the final hidden states of its answer, [A, H], and what was compared, into a safetensors file.
+    @torch.inference_mode()
+    def keep(self, token: str, file: str, head: dict[str, str] | None) -> None:
+        """Write the final hidden states of its answer and what else `tiers.conformance.sequence.Keep` names.
 
         Raises:
-            ScoringRefused: they did not all come.
+            ScoringRefused: they did not all come, or the head cannot be read.
         """
         job = self._jobs[token]
-        tensors = {"hidden": job.all_hidden().contiguous().cpu()}
+        hidden = job.all_hidden()
+        if not self.answers:
+            return
+        tensors = {"hidden": hidden.contiguous().cpu()}
         if job.compared:
             tensors["logits"] = torch.cat(job.compared)
-        if self.answers:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path)
+        if head is not None:
+            tensors |= likeliest(hidden, self._head(**head), job.answer, TOP)._asdict()
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
 
     def _install(self) -> None:
         execute_model, sample = self._runner.execute_model, self._runner.sampler.sample
@@ -296,15 +302,3 @@ def _tensor(path: str, name: str) -> Tensor:
             return tensor
     except Exception as error:
         raise ScoringRefused(f"{name} cannot be read from {path} ({error})") from error
-
-
-def _fp32_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """[T, H] and [V, H] → [T, V] in FP32, without an FP32 copy of the head."""
-    if head.is_cuda and hidden.dtype == head.dtype == torch.bfloat16:
-        logits: Tensor = torch.mm(hidden, head.t(), out_dtype=torch.float32)  # products of BF16 are exact in FP32
-        return logits
-    logits = torch.empty(len(hidden), len(head), dtype=torch.float32, device=head.device)
-    for begin in range(0, len(head), _VOCABULARY_AT_ONCE):
-        part = slice(begin, begin + _VOCABULARY_AT_ONCE)
-        logits[:, part] = hidden.float() @ head[part].float().t()
-    return logits

@@ -34,37 +34,50 @@ async def walk(engine: Any, sequence: Sequence) -> Scored:
         "prompt": len(sequence.prompt),
         "answer": sequence.answer,
         "decodes": decodes,
-        "saves_logits": sequence.save_logits,
+        "saves_logits": sequence.keep is not None and sequence.keep.logits,
         "reference": sequence.reference.model_dump() if sequence.reference else None,
     }
     try:
+        if sequence.cached:
+            await _fill_cache(engine, sequence, token)
         await _ask(engine, "assay_score_begin", token, job)
         running = asyncio.create_task(_run(engine, sequence, token))
         columns = await _collect(engine, sequence, token, running)
-        if sequence.save is not None:
-            await _ask(engine, "assay_score_save", token, sequence.save)
+        if (keep := sequence.keep) is not None:
+            await _ask(engine, "assay_score_keep", token, keep.file, keep.head.model_dump() if keep.head else None)
         return Scored(columns=columns)
     finally:
         await asyncio.shield(_ask(engine, "assay_score_end", token))
+
+
+async def _fill_cache(engine: Any, sequence: Sequence, token: str) -> None:
+    """Have the prompt computed as a request of its own, of which nothing is kept but the cache."""
+    params = _params(max_tokens=1)
+    # Without its last token: what an answer begins from is computed anew even where all else is found.
+    prompt = tokens_input(prompt_token_ids=sequence.prompt[:-1] or sequence.prompt, cache_salt=token)
+    async for _ in engine.generate(prompt, params, f"assay-cache-{token}"):
+        pass
 
 
 async def _run(engine: Any, sequence: Sequence, token: str) -> None:
     """Put the request; done when the engine has computed all of it."""
     decodes = sequence.phase == "decode"
     ids = sequence.prompt if decodes else [*sequence.prompt, *sequence.answer[:-1]]
-    params = SamplingParams(
-        temperature=1.0,
+    params = _params(
         max_tokens=len(sequence.answer) if decodes else 1,
-        ignore_eos=True,
-        detokenize=False,
-        skip_reading_prefix_cache=True,  # what is in the cache was not computed now
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=not sequence.cached,  # what is in the cache was not computed now
         extra_args={MARK: token},
     )
     # The salt keeps callers from finding what is computed here in their cache.
     prompt = tokens_input(prompt_token_ids=ids, cache_salt=token)
     async for _ in engine.generate(prompt, params, f"assay-{token}"):
         pass
+
+
+def _params(**fields: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **fields
+    )
 
 
 async def _collect(

@@ -104,9 +104,9 @@ class ProbeWorker:
         """The numbers of ``least`` to ``most`` further tokens, or of none."""
         return self._assay_guarded(lambda scorer: scorer.score(token, least, most))
 
-    def assay_score_save(self, token: str, path: str) -> dict[str, Any]:
-        """Write the hidden states that came into a file."""
-        return self._assay_guarded(lambda scorer: scorer.save_hidden(token, path))
+    def assay_score_keep(self, token: str, file: str, head: dict[str, str] | None) -> dict[str, Any]:
+        """Write the hidden states that came into a file, and what the head makes of them."""
+        return self._assay_guarded(lambda scorer: scorer.keep(token, file, head))
 
     def assay_score_end(self, token: str) -> dict[str, Any]:
         """Forget the sequence."""

@@ -1,0 +1,35 @@
+"""Where an engine of a running server answers, written down for `assay certify`, which measures that very engine.
+
+The file is its owner's alone to read: it has the engine's key.
+"""
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Address(BaseModel):
+    """One engine's."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: str
+    key: str
+
+    def write(self, file: Path) -> None:
+        """Put it in place of the engine's last one, whole."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        draft.touch(mode=0o600)
+        draft.write_text(self.model_dump_json())
+        draft.replace(file)
+
+    @classmethod
+    def read(cls, file: Path) -> Self | None:
+        """None where no engine is written down."""
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
