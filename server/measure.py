@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 SEED = 5
 CONTEXT = 48
 """Tokens that are shown before one of the worst."""
-AT_ONCE = 16
+AT_ONCE = 32
 """Sequences: neighbours in the same steps, as callers are."""
 LONGEST_PASSAGE = 128
 """Tokens of a passage of the corpus that are scored."""
@@ -142,7 +143,9 @@ async def score(
         PackError: the pack has no hidden states.
     """
     head = head_of(reference)
-    numbers = range(len(pack.answers)) if only is None else sorted(only)
+    numbers = range(len(pack.answers)) if only is None else only
+    # The longest first: those that are left at the end have few neighbours.
+    numbers = sorted(numbers, key=lambda number: -len(pack.answers[number].answer))
     done = 0
 
     async def scored(number: int) -> Scores:
@@ -160,7 +163,8 @@ async def score(
         say(f"{phase}: {done} of {len(numbers)} answers and passages")
         return Scores.of(columns | {"prompt": [number] * len(columns["token"])})
 
-    scores = Scores.joined(await _by_turns([partial(scored, number) for number in numbers], at_once))
+    measured = await _by_turns([partial(scored, number) for number in numbers], at_once)
+    scores = Scores.joined([each for _, each in sorted(zip(numbers, measured, strict=True), key=itemgetter(0))])
     # An answer's first token comes from the prompt's prefill, in both phases.
     return scores if phase == "prefill" else scores.where(scores.position > 0)
 

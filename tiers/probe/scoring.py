@@ -29,6 +29,10 @@ class ScoringRefused(Exception):
     """This engine cannot be scored, or not with this reference; one sentence of why."""
 
 
+class Interrupted(ScoringRefused):
+    """The engine dropped a sequence for want of memory, and computed it again another way."""
+
+
 @dataclass
 class Job:
     """One sequence in one phase: a prompt of ``prompt`` tokens, and the reference's answer to it, [A]."""
@@ -48,7 +52,7 @@ class Job:
     """Tokens of the answer that are done."""
     compared: list[Tensor] | None = None
     """The logits that were compared, [n, V] each, where somebody wants them."""
-    problem: str | None = None
+    problem: ScoringRefused | None = None
 
     def keep_hidden(self, first: int, rows: Tensor) -> None:
         """Of a step whose first row is about this token of the answer; below 0 it is the prompt's."""
@@ -171,18 +175,19 @@ class Scorer:
             self._of, self._rows, self._heads = {}, [], {}
 
     @torch.inference_mode()
-    def score(self, token: str, least: int, most: int) -> dict[str, Any]:
-        """The numbers of further tokens, if ``least`` of them are there, of no more than ``most``; plain lists.
+    def score(self, token: str, most: int) -> dict[str, Any]:
+        """The numbers of further tokens, as many as are there and no more than ``most``; plain lists.
 
         To be called on every worker of a tensor-parallel engine, for computing logits is a joint work.
 
         Raises:
             ScoringRefused: the sequence went another way than was asked for.
+            Interrupted: the engine began it anew.
         """
         job = self._jobs[token]
-        if job.problem:
-            raise ScoringRefused(job.problem)
-        q_logits = self._decoded(job, least, most) if job.decodes else self._prefilled(job, most)
+        if job.problem is not None:
+            raise job.problem
+        q_logits = self._decoded(job, most) if job.decodes else self._prefilled(job, most)
         at = slice(job.scored, job.scored + len(q_logits))
         job.scored = at.stop
         if not self.answers or not len(q_logits):
@@ -208,12 +213,10 @@ class Scorer:
         logits: Tensor = self._runner.model.compute_logits(hidden)
         return logits
 
-    def _decoded(self, job: Job, least: int, most: int) -> Tensor:
+    def _decoded(self, job: Job, most: int) -> Tensor:
         ready = range(job.scored, min(job.scored + most, len(job.answer)))
         rows = [at for at in ready if at in job.logits]  # without gaps, for they come one after another
-        if len(rows) < least:
-            return torch.empty(0)
-        return torch.stack([job.logits.pop(at) for at in rows])
+        return torch.stack([job.logits.pop(at) for at in rows]) if rows else torch.empty(0)
 
     @torch.inference_mode()
     def keep(self, token: str, file: str, head: dict[str, str] | None) -> None:
@@ -263,7 +266,7 @@ class Scorer:
             work(*args)
         except Exception as error:
             for job in self._jobs.values():
-                job.problem = f"the step could not be read: {error!r}"
+                job.problem = ScoringRefused(f"the step could not be read: {error!r}")
 
     def _note(self, scheduled: Any) -> None:
         """Find the rows of this step that are of a sequence being scored."""
@@ -291,7 +294,7 @@ class Scorer:
         last = first + count - 1
         if job.decodes and count > 1 and last > 0:
             # Interrupted for want of memory, its answer was computed again as a prompt is.
-            job.problem = "the engine had no room for the whole sequence and began it anew"
+            job.problem = Interrupted("the engine had no room for the whole sequence and began it anew")
         self._rows.append((row, last, job))
 
 

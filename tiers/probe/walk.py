@@ -4,7 +4,9 @@ Knows how a request is put to vLLM and how its workers are asked; what they do i
 """
 
 import asyncio
+import contextlib
 import secrets
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from vllm.inputs import tokens_input
@@ -15,11 +17,16 @@ from tiers.probe.scoring import MARK
 
 AT_ONCE = 64
 """Tokens reduced in one call, during which no step of the engine runs; for fewer the head is read in vain."""
-LOOK_S = 0.2
+TRIES = 5
+"""Of a sequence for which the engine has no room while others run."""
 
 
 class WalkFailed(Exception):
     """The engine could not be walked along this sequence; one sentence of why."""
+
+
+class WalkInterrupted(WalkFailed):
+    """The engine began the sequence anew, for want of memory: another try may do better."""
 
 
 async def walk(engine: Any, sequence: Sequence) -> Scored:
@@ -28,12 +35,18 @@ async def walk(engine: Any, sequence: Sequence) -> Scored:
     Raises:
         WalkFailed: they could not be had.
     """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(WalkInterrupted):
+            return await _walk(engine, sequence)
+    return await _walk(engine, sequence)
+
+
+async def _walk(engine: Any, sequence: Sequence) -> Scored:
     token = secrets.token_hex(16)
-    decodes = sequence.phase == "decode"
     job = {
         "prompt": len(sequence.prompt),
         "answer": sequence.answer,
-        "decodes": decodes,
+        "decodes": sequence.phase == "decode",
         "saves_logits": sequence.keep is not None and sequence.keep.logits,
         "reference": sequence.reference.model_dump() if sequence.reference else None,
     }
@@ -41,8 +54,7 @@ async def walk(engine: Any, sequence: Sequence) -> Scored:
         if sequence.cached:
             await _fill_cache(engine, sequence, token)
         await _ask(engine, "assay_score_begin", token, job)
-        running = asyncio.create_task(_run(engine, sequence, token))
-        columns = await _collect(engine, sequence, token, running)
+        columns = await _scored(engine, sequence, token)
         if (keep := sequence.keep) is not None:
             await _ask(engine, "assay_score_keep", token, keep.file, keep.head.model_dump() if keep.head else None)
         return Scored(columns=columns)
@@ -59,8 +71,22 @@ async def _fill_cache(engine: Any, sequence: Sequence, token: str) -> None:
         pass
 
 
-async def _run(engine: Any, sequence: Sequence, token: str) -> None:
-    """Put the request; done when the engine has computed all of it."""
+async def _scored(engine: Any, sequence: Sequence, token: str) -> dict[str, list[Any]]:
+    """Put the request, and have its tokens reduced as they come; the scores' columns."""
+    columns: dict[str, list[Any]] = {}
+    taken = 0
+    async with contextlib.aclosing(_run(engine, sequence, token)) as running:
+        async for generated in running:
+            # Kept until then: the logits of so many tokens.
+            if sequence.reference is not None and sequence.phase == "decode" and generated - taken >= AT_ONCE:
+                taken += await _take(engine, token, columns)
+    while sequence.reference is not None and taken < len(sequence.answer):
+        taken += await _take(engine, token, columns)
+    return columns
+
+
+async def _run(engine: Any, sequence: Sequence, token: str) -> AsyncGenerator[int]:
+    """Put the request; how many tokens it has generated so far, until all of it is computed."""
     decodes = sequence.phase == "decode"
     ids = sequence.prompt if decodes else [*sequence.prompt, *sequence.answer[:-1]]
     params = _params(
@@ -70,38 +96,31 @@ async def _run(engine: Any, sequence: Sequence, token: str) -> None:
     )
     # The salt keeps callers from finding what is computed here in their cache.
     prompt = tokens_input(prompt_token_ids=ids, cache_salt=token)
-    async for _ in engine.generate(prompt, params, f"assay-{token}"):
-        pass
+    generated = 0
+    async with contextlib.aclosing(engine.generate(prompt, params, f"assay-{token}")) as outputs:
+        async for output in outputs:
+            generated += len(output.outputs[0].token_ids)
+            yield generated
+
+
+async def _take(engine: Any, token: str, columns: dict[str, list[Any]]) -> int:
+    """Have the tokens reduced that are there, at most `AT_ONCE`; how many they were.
+
+    Raises:
+        WalkFailed: there are none.
+    """
+    said = await _ask(engine, "assay_score", token, AT_ONCE)
+    if "columns" not in said:
+        raise WalkFailed(f"{said['left']} tokens of the sequence were not computed")
+    for name, column in said["columns"].items():
+        columns.setdefault(name, []).extend(column)
+    return len(said["columns"]["token"])
 
 
 def _params(**fields: Any) -> SamplingParams:
     return SamplingParams(
-        temperature=1.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **fields
+        temperature=1.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, **fields
     )
-
-
-async def _collect(
-    engine: Any, sequence: Sequence, token: str, running: "asyncio.Task[None]"
-) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    try:
-        while not running.done() and sequence.phase == "prefill":
-            await asyncio.wait({running})
-        while sequence.reference is not None:
-            over = running.done()
-            said = await _ask(engine, "assay_score", token, AT_ONCE if not over else 1, AT_ONCE)
-            for name, column in said.get("columns", {}).items():
-                columns.setdefault(name, []).extend(column)
-            if not said["left"]:
-                break
-            if over and "columns" not in said:
-                raise WalkFailed(f"{said['left']} tokens of the sequence were not computed")
-            if not over:
-                await asyncio.wait({running}, timeout=LOOK_S)
-        await running
-    finally:
-        running.cancel()
-    return columns
 
 
 async def _ask(engine: Any, method: str, *args: Any) -> dict[str, Any]:
@@ -122,6 +141,6 @@ async def ask_workers(engine: Any, method: str, *args: Any) -> list[dict[str, An
         WalkFailed: one of them could not do it.
     """
     answers: list[dict[str, Any]] = await engine.collective_rpc(method, timeout=None, args=args)
-    if problems := [answer["problem"] for answer in answers if "problem" in answer]:
-        raise WalkFailed(problems[0])
+    if problems := [answer for answer in answers if "problem" in answer]:
+        raise (WalkInterrupted if problems[0].get("again") else WalkFailed)(problems[0]["problem"])
     return answers

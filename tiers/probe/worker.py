@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 
 from tiers.precision import NumberFormat, NumberType
 from tiers.probe.reading import MAY_PLANT, AttentionReading, End, EngineReading, LayerReading, may_plant
-from tiers.probe.scoring import Scorer
+from tiers.probe.scoring import Interrupted, Scorer
 
 _TYPES: dict[torch.dtype, NumberType] = {
     torch.bfloat16: "bf16",
@@ -100,9 +100,9 @@ class ProbeWorker:
         """Watch for the request that carries ``token``; ``job`` is what `Scorer.begin` takes."""
         return self._assay_guarded(lambda scorer: scorer.begin(token, **job))
 
-    def assay_score(self, token: str, least: int, most: int) -> dict[str, Any]:
-        """The numbers of ``least`` to ``most`` further tokens, or of none."""
-        return self._assay_guarded(lambda scorer: scorer.score(token, least, most))
+    def assay_score(self, token: str, most: int) -> dict[str, Any]:
+        """The numbers of further tokens, as many as are there and no more than ``most``."""
+        return self._assay_guarded(lambda scorer: scorer.score(token, most))
 
     def assay_score_keep(self, token: str, file: str, head: dict[str, str] | None) -> dict[str, Any]:
         """Write the hidden states that came into a file, and what the head makes of them."""
@@ -133,7 +133,7 @@ class ProbeWorker:
             answer = work(self._assay_scorer) or {}
             return answer | {"answers": self._assay_scorer.answers}
         except Exception as error:  # see above
-            return {"problem": str(error) or repr(error)}
+            return {"problem": str(error) or repr(error), "again": isinstance(error, Interrupted)}
 
 
 def _environment_hash() -> str:
