@@ -64,7 +64,13 @@ def serving(home: Path, folder: Path) -> Iterator[Served]:
     }
     config.write_text(
         yaml.safe_dump(
-            {"port": port, "home": str(home.absolute()), "keys": str(folder / "keys.json"), "models": [model]}
+            {
+                "port": port,
+                "home": str(home.absolute()),
+                "keys": str(folder / "keys.json"),
+                "certify": "off",
+                "models": [model],
+            }
         )
     )
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--config", str(config)]

@@ -23,6 +23,7 @@ import pytest
 
 from server.launch.local import free_port
 from tests import tiny_llama
+from tiers.conformance.findings import FEWEST_PROMPTS
 
 ROOT = Path(__file__).parents[2]
 MODEL = "SmolLM2-135M-Instruct"
@@ -50,6 +51,7 @@ class Server:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    """Its own; its engines' are in ``logs`` beside, if that is its home."""
     tree: set[psutil.Process] = field(default_factory=set)
 
     def get(self, path: str) -> Any:
@@ -142,13 +144,56 @@ def serving(folder: Path, config: str, port: int) -> Iterator[Server]:
                 raise
 
 
+def home_in(folder: Path) -> Path:
+    """A home of its own, with the checkpoints of all tests: no other has its logs, or finds its engines."""
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints").symlink_to(CHECKPOINTS)
+    return folder
+
+
+@dataclass
+class Certified:
+    """What `assay certify` left, and said."""
+
+    folder: Path
+    key: Path
+    done: subprocess.CompletedProcess[str]
+
+    def file(self, tier: str) -> Path:
+        return self.folder / f"{MODEL}-{tier}.json".lower()
+
+
+@pytest.fixture(scope="session")
+def certified(assay: Server, tmp_path_factory: pytest.TempPathFactory) -> Certified:
+    """The Reference within a wide budget, Lite over one that no INT4 keeps to, by the fewest prompts."""
+    folder = tmp_path_factory.mktemp("certify")
+    config, key = folder / "config.yaml", folder / "key.pem"
+    served = (assay.log.parent / "config.yaml").read_text()
+    for tier, kl in (("Reference", 0.01), ("Lite", 0.001)):
+        served = served.replace(f"{tier}: {{kv", f"{tier}: {{budget: {{kl: {kl}}}, kv", 1)
+    config.write_text(served)
+    run("certificate", "keygen", str(key), check=True)
+    names = [f"{MODEL}-{tier}" for tier in ("Reference", "Lite")]
+    few = ("--quick", "--prompts", str(FEWEST_PROMPTS))
+    done = run("certify", *names, *few, "--json", "--sign", str(key), "--config", str(config))
+    return Certified(assay.log.parent / "certificates", key, done)
+
+
+def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """`assay` with these arguments."""
+    command = [str(Path(sys.executable).with_name("assay")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=check)
+
+
 @pytest.fixture(scope="session")
 def assay(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
+    home = home_in(folder)
     port = free_port()
     config = f"""
 port: {port}
-home: {ROOT / ".assay"}
+home: {home}
+certify: off
 keys: {folder / "keys.json"}
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
 drain_timeout_s: 60

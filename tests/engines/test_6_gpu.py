@@ -25,6 +25,7 @@ def sleepers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config.write_text(f"""
 port: {port}
 home: {ROOT / ".assay"}
+certify: off
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
 idle_after_s: 5
 models:
