@@ -33,7 +33,8 @@ imports: ## server → tiers → kernels, never back up
 	$(RUN)/lint-imports
 
 test-fast: ## tests without an engine, in seconds
-	$(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
+	@# Compiled tests are kept, even where Python is told not to: three processes would each compile them again.
+	PYTHONDONTWRITEBYTECODE= $(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
 
 test-engines: ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu and not slow"
