@@ -33,7 +33,9 @@ imports: ## server → tiers → kernels, never back up
 	$(RUN)/lint-imports
 
 test-fast: ## tests without an engine, in seconds
-	$(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
+	@# Compiled tests are kept, even where Python is told not to: three processes would each compile them again.
+	@# One thread each, or those of three processes wait for each other on few cores, and spin.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
 
 test-engines: ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu and not slow"

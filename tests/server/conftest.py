@@ -7,13 +7,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from aiohttp import web
+from fastapi import FastAPI
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
+import server.app
 import server.certificates
 from server.app import Gateway as App
 from server.app import build_app
@@ -233,6 +238,24 @@ def fake_replica(
     )
 
 
+class BuiltWhenAsked:
+    """FastAPI takes most of a gateway's making, and most tests ask for none of its paths."""
+
+    def __init__(self, build: Callable[..., FastAPI], *arguments: Any) -> None:
+        self._build = partial(build, *arguments)
+
+    @cached_property
+    def _built(self) -> FastAPI:
+        return self._build()
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        return self._built.routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._built(scope, receive, send)
+
+
 @asynccontextmanager
 async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) -> AsyncIterator[Gateway]:
     """A gateway with these fields in its config, and an engine that does what the test says."""
@@ -244,7 +267,10 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
     tier = config.tiers[0]
     replica = fake_replica(config, metrics)
     pool = Pool(tier, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
-    made = Gateway(build_app(config, Fleet([pool]), Keys(config.keys_file), metrics), replica, metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+        app = build_app(config, Fleet([pool]), Keys(config.keys_file), metrics)
+    made = Gateway(app, replica, metrics)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)

@@ -89,15 +89,14 @@ def test_help_teaches_by_example(here: Here, command: str) -> None:
     assert f"Example: assay {command}" in out
 
 
-def test_a_port_in_use_is_found_before_anything_is_started(tmp_path: Path) -> None:
+def test_a_port_in_use_is_found_before_anything_is_started(here: Here, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        serve = [ASSAY, "serve", "--port", str(port)]
-        refused = subprocess.run(serve, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert refused.returncode == 1
-    assert f"127.0.0.1:{port} cannot be had" in refused.stderr
+        code, _, err = here("serve", "--port", str(port))
+    assert code == 1
+    assert f"127.0.0.1:{port} cannot be had" in err
     assert not (tmp_path / ".assay").exists()
 
 

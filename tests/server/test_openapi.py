@@ -92,13 +92,18 @@ def operations(document: Json) -> Iterator[tuple[str, str, Json]]:
 
 
 @cache
-def fields_of_vllm(file: str, name: str) -> frozenset[str]:
-    """The fields of one of vLLM's models, read from its source: importing vLLM would take seconds."""
+def classes_of_vllm(file: str) -> dict[str, ast.ClassDef]:
+    """Read from its source: importing vLLM would take seconds."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / "entrypoints" / file).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def fields_of_vllm(file: str, name: str) -> frozenset[str]:
+    """The fields of one of vLLM's models."""
+    classes = classes_of_vllm(file)
     fields = {
         node.target.id
         for node in classes[name].body

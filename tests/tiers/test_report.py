@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from tests.tiers.samples import make_certificate, make_few_findings, make_findings, make_measurement
+from tiers.conformance import pictures
 from tiers.conformance.certificate import Certificate
 from tiers.conformance.findings import Findings, Verdict
 from tiers.conformance.report import Measured, render_report
@@ -79,6 +81,13 @@ def page(html: str) -> Page:
     return Page(html)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what stands there in words: pictures take nearly all of a page's time."""
+    for name in ("spread", "by_prompt", "by_position"):
+        monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
+
+
 def with_predicate(certificate: Certificate, **fields: Any) -> Certificate:
     return certificate.model_copy(update={"predicate": certificate.predicate.model_copy(update=fields)})
 
@@ -98,6 +107,7 @@ def only(findings: Findings, phase: Phase) -> Findings:
     return findings.model_copy(update=kept)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("scale", "verdict", "headline", "sentence"),
     [
@@ -128,6 +138,7 @@ def test_the_verdict_comes_first_and_in_words(scale: float, verdict: str, headli
     assert ("section", f"verdict {verdict.lower()}") in [(tag, each.get("class")) for tag, each in page.elements]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_budget_that_no_number_of_prompts_settles_says_so(measured: Measured) -> None:
     judgement = measured.certificate.predicate.findings.judgements[0]
     undecided = judgement.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "why_open": "too close"})
@@ -159,6 +170,7 @@ def test_groups_of_too_few_prompts_have_figures_and_no_interval() -> None:
     assert len(set(groups)) == 2 * 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_too_few_prompts_for_any_interval_are_one_sentence() -> None:
     findings = make_few_findings(prompts=4)
     assert findings.verdict is Verdict.INCONCLUSIVE
@@ -170,6 +182,7 @@ def test_too_few_prompts_for_any_interval_are_one_sentence() -> None:
     assert re.search(r"\b(?:inf|nan)\b", page.text, flags=re.IGNORECASE) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_lower_bound_below_its_limit_is_said_to_show_nothing() -> None:
     page = Page(render_report([Measured(make_certificate(make_findings(*make_measurement(), exact=False)))]))
     assert re.search(
@@ -183,6 +196,7 @@ def test_a_lower_bound_below_its_limit_is_said_to_show_nothing() -> None:
     assert "A lower bound cannot show" not in worse.text
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("p_value", "sentence"),
     [
@@ -269,13 +283,14 @@ def test_pictures_are_in_the_pages_own_colours_and_font(html: str) -> None:
         assert " id=" not in re.sub(r"<(?:path|clipPath) id=", "", picture)
 
 
-def test_a_link_leads_somewhere(measured: Measured) -> None:
-    page = Page(render_report([measured, measured]))
-    ids = page.values("id")
-    assert {link[1:] for link in page.values("href", "xlink:href")} <= set(ids)
-    assert {"tier-1", "tier-2"} <= set(ids)
+def test_a_link_leads_somewhere(page: Page, measured: Measured) -> None:
+    both = Page(render_report([with_findings(measured)] * 2))
+    for each in (page, both):
+        assert {link[1:] for link in each.values("href", "xlink:href")} <= set(each.values("id"))
+    assert {"tier-1", "tier-2"} <= set(both.values("id"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lower_bounds_are_marked_as_such(page: Page) -> None:
     bounds = make_certificate(make_findings(*make_measurement(), exact=False))
     text = Page(render_report([Measured(bounds)])).text
@@ -314,6 +329,7 @@ def test_a_tier_that_is_the_reference_makes_a_page(measured: Measured) -> None:
     assert "Reference is within its budget" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_tiers_are_compared_at_the_top(measured: Measured) -> None:
     lite = make_certificate(make_findings(*make_measurement(0.06)), TierKind.LITE)
     text = Page(render_report([Measured(measured.certificate), Measured(lite)])).text
@@ -326,6 +342,7 @@ def test_no_tier_is_no_page() -> None:
         render_report([])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_whitespace_in_tokens_can_be_seen(measured: Measured) -> None:
     token = measured.certificate.predicate.findings.worst[0]
     shown = {" the": "␣the", "\n\n": "⏎⏎", "  ": "␣␣", "a b ": "a b␣", "\t": "⇥", "": "∅"}
@@ -336,6 +353,7 @@ def test_whitespace_in_tokens_can_be_seen(measured: Measured) -> None:
     assert "word " * 80 not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ten_worst_tokens_are_enough(measured: Measured) -> None:
     worst = measured.certificate.predicate.findings.worst * 2
     page = Page(render_report([with_findings(measured, worst=worst)]))

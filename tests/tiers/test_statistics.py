@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 from numpy.typing import NDArray
 
 from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Metrics
@@ -83,6 +82,8 @@ def test_the_tails_of_0_to_1000_are_their_own_ranks() -> None:
 
 
 def test_every_interval_is_scipys_bca_over_prompts_at_the_widened_level() -> None:
+    import scipy.stats  # half a second, for which no other process of a test run need wait
+
     measured = random_scores(np.random.default_rng(3), prompts=12, tokens=30)
     columns = {
         "kl": measured.kl,
@@ -185,6 +186,8 @@ def test_an_unbounded_interval_survives_json() -> None:
 
 
 def test_a_rejection_never_seen_is_not_ruled_out() -> None:
+    import scipy.stats  # as above
+
     found = measure(scores(np.arange(60) % 6))
     assert (found.rejection.value, found.rejection.low) == (0, 0)
     exact = scipy.stats.binomtest(0, 60).proportion_ci(0.95, method="exact")

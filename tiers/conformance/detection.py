@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
 
 from tiers.conformance.scores import Phase, Scores
 
@@ -117,6 +116,8 @@ def _ratio(compared: _Compared) -> float:
 
 def _p_value(beyond: Floats, prompt: NDArray[np.int32]) -> float:
     """Of answers that are as likely to be on one side of the margin as on the other."""
+    from scipy.stats import wilcoxon  # half a second, and only a self-test needs it
+
     answers, row = np.unique(prompt, return_inverse=True)
     least = 2.0 ** -len(answers)
     means = np.bincount(row, beyond) / np.bincount(row)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri, stdtrit
-from scipy.stats import binomtest
+from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 from tiers.conformance.findings import FEWEST_PROMPTS, Estimate, Flips, Metrics, NoiseFloor, PhaseFindings, Tails
 from tiers.conformance.scores import Scores
@@ -127,7 +126,8 @@ def count_flips(scores: Scores) -> Flips:
     """
     p_right, q_right = scores.top_p == scores.token, scores.top_q == scores.token
     lost, won = int((p_right & ~q_right).sum()), int((~p_right & q_right).sum())
-    p_value = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
+    # As likely as not to be either: both tails are alike, and without flips 1.
+    p_value = min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
     return Flips(right_to_wrong=lost, wrong_to_right=won, p_value=p_value)
 
 
