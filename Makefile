@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-gateway: install-dev ## what a request costs here, in vLLM's router and in
 
 bench-throughput: install-dev ## tokens per second of a real engine, direct and through the gateway; options in ARGS
 	$(RUN)/python -m tests.bench.throughput $(ARGS)
+
+bench-scoring: install-dev ## prompt tokens per second that an engine scores, beside those it reads; options in ARGS
+	$(RUN)/python -m tests.bench.scoring $(ARGS)
 
 clean: ## remove environments, checkpoints and logs
 	rm -rf .venv .venv-quantize .venv-bench .assay

@@ -1,4 +1,4 @@
-"""The benches of the gateway run and measure; what they measure is no test."""
+"""The benches run and measure; what they measure is no test."""
 
 import json
 import subprocess
@@ -32,6 +32,9 @@ def test_the_bench_of_gateways_measures_ours() -> None:
     assert ours["medians"]["cpu_us_per_chunk"] > 0
 
 
-def test_the_bench_of_throughput_measures_both_ways() -> None:
-    measured = run("bench-throughput", "")
-    assert all(rate > 0 for way in ("direct", "gateway") for rate in measured["tokens_per_s"][way])
+@pytest.mark.parametrize(
+    ("target", "ways"), [("bench-throughput", ("direct", "gateway")), ("bench-scoring", ("read", "scored"))]
+)
+def test_a_bench_of_an_engine_measures_both_ways(target: str, ways: tuple[str, str]) -> None:
+    measured = run(target, "")
+    assert all(rate > 0 for way in ways for rate in measured["tokens_per_s"][way])
