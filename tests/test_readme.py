@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
-CERTIFIED = "tests/engines/test_5_certify.py::test_a_tier_is_certified_signed_checked_and_shown"
+CERTIFIED = "tests/engines/conftest.py::certified"
 RUN_BY = {
     "make serve": "tests/engines/conftest.py::assay",
     "make test": ".ci/run::make test",
     "make bench-recipes": "tests/engines/test_2_metadata.py::test_a_recipe_is_measured",
     "make bench-gateway": "tests/engines/test_5_bench.py::test_the_bench_of_gateways_measures_ours",
-    "make bench-throughput": "tests/engines/test_5_bench.py::test_the_bench_of_throughput_measures_both_ways",
+    "make bench-throughput": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
+    "make bench-scoring": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
     "make bench": "tests/engines/test_2_metadata.py::test_the_bench_measures_three_tiers",
     "curl http://127.0.0.1:8000/v1/chat/completions": (
         "tests/engines/test_2_metadata.py::test_the_readmes_curl_runs"
@@ -36,8 +37,11 @@ RUN_BY = {
     ),
     ".venv/bin/assay certify --quick": CERTIFIED,
     ".venv/bin/assay certify Turbo --quick --sign key.pem": CERTIFIED,
+    ".venv/bin/assay certify --self-test": "tests/engines/test_5_self_test.py::trials",
     ".venv/bin/assay certificate keygen key.pem": CERTIFIED,
-    ".venv/bin/assay certificate verify": CERTIFIED,
+    ".venv/bin/assay certificate verify": (
+        "tests/engines/test_2_certificate.py::test_a_signed_one_verifies_and_one_with_another_byte_does_not"
+    ),
     ".venv/bin/assay verify": "tests/server/test_cli.py::test_verifying_reads_all_of_it_and_counts_the_files",
     ".venv/bin/assay build --list": "tests/server/test_cli.py::test_the_recipes_are_described",
     ".venv/bin/assay tiers": "tests/engines/test_2_metadata.py::test_the_tiers_command_shows_a_running_server",

@@ -64,19 +64,3 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path: Path,
     psutil.wait_procs(tree, timeout=15)
     assert [process for process in tree if process.is_running()] == []
     assert not (folder / "bf16").exists()
-
-
-def test_a_folder_of_weights_is_served_from_where_it_lies(tmp_path: Path) -> None:
-    """What a person with Llama weights on disk does: the reference links to them instead of copying."""
-    source = ROOT / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16"
-    if not (source / "manifest.json").exists():
-        subprocess.run([ASSAY, "build", "Reference"], cwd=ROOT, check=True)
-    python = ROOT / ".venv-quantize" / "bin" / "python"
-    (tmp_path / "c.yaml").write_text(f"quantize_python: {python}\nmodels: [{{name: Mine, source: {source}}}]")
-    subprocess.run([ASSAY, "build", "Reference", "Turbo", "--config", "c.yaml"], cwd=tmp_path, check=True)
-    folder = tmp_path / ".assay" / "checkpoints" / "Mine"
-    assert (folder / "bf16" / "model.safetensors").is_symlink()
-    assert (folder / "bf16" / "model.safetensors").samefile(source / "model.safetensors")
-    assert (folder / "fp8-dynamic" / "model.safetensors").stat().st_size < 0.7 * (
-        folder / "bf16" / "model.safetensors"
-    ).stat().st_size

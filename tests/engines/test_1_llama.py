@@ -214,6 +214,14 @@ def test_every_other_token_can_be_said(assay: Server, tier: str, token: int) -> 
     assert all(-60 < at.logprob < 0 for at in choice.logprobs.content)
 
 
+def test_a_folder_of_weights_is_served_from_where_it_lies(assay: Server, llama_folder: Path) -> None:
+    """What a person with Llama weights on disk does: the reference links to them instead of copying."""
+    reference, turbo = (CHECKPOINTS / LLAMA / recipe / "model.safetensors" for recipe in ("bf16", "fp8-dynamic"))
+    assert reference.is_symlink()
+    assert reference.samefile(llama_folder / "model.safetensors")
+    assert not turbo.is_symlink()
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
 def test_every_tier_reads_text_with_the_same_files(assay: Server, llama_folder: Path, name: str) -> None:
     for tier in TIERS:

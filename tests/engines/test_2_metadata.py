@@ -145,6 +145,7 @@ def test_the_readmes_python_runs(assay: Server) -> None:
     assert len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.slow
 def test_the_bench_measures_three_tiers(assay: Server) -> None:
     done = subprocess.run(
         ["make", "--silent", "bench", f"ARGS=--quick --json --url {assay.url}"],
