@@ -23,6 +23,8 @@ from tiers.conformance.sequence import TOP
 
 MARK = "assay"
 """The name in a request's extra arguments under which it carries its job's token. Callers cannot set any."""
+_LARGEST_FP32_HEAD = 1 << 28
+"""Weights: 1 GiB in FP32, while something is scored."""
 
 
 class ScoringRefused(Exception):
@@ -163,7 +165,10 @@ class Scorer:
 
     def _head(self, file: str, name: str) -> Tensor:
         if (file, name) not in self._heads:
-            self._heads = {(file, name): _tensor(file, name).to(self._runner.device)}
+            head = _tensor(file, name).to(self._runner.device)
+            if not head.is_cuda and head.numel() <= _LARGEST_FP32_HEAD:
+                head = head.float()  # else each call converts it anew, which takes as long as the product
+            self._heads = {(file, name): head}
         return self._heads[file, name]
 
     def end(self, token: str) -> None:
