@@ -188,11 +188,13 @@ async def _by_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -
 async def worst_tokens(
     engine: Engine, model: str, pack: Pack, scores: Mapping[Phase, Scores], count: int = 10
 ) -> list[WorstToken]:
-    """Where the tier is farthest from the reference, in its context; each token once, in its worse phase.
+    """Where the tier is farthest from the reference's answers, in context; each token once, in its worse phase.
 
     Raises:
         EngineNotStarted: the engine does not tell what tokens say.
     """
+    answered = np.array([not answer.is_written for answer in pack.answers])
+    scores = {phase: each.where(answered[each.prompt]) for phase, each in scores.items()}
     rows = [(phase, row) for phase, each in scores.items() for row in np.argsort(-each.kl)[: 2 * count]]
     rows.sort(key=lambda found: -scores[found[0]].kl[found[1]])
     seen: set[tuple[int, int]] = set()
