@@ -61,6 +61,9 @@ def verify(
 ) -> None:
     """Check that a certificate is one, who signed it, and whether a checkpoint is the one it speaks of.
 
+    One that was measured by a server's public API speaks of no checkpoint: its digest is that of the evidence, the
+    parquet file beside it.
+
     Exits with 1 if something that was asked for does not hold. A certificate that says FAIL is one all the same.
 
     Example: assay certificate verify lite.dsse.json --key assay.key.pub
@@ -184,6 +187,10 @@ def _files_measured(certificate: Certificate, folder: Path) -> int:
     Raises:
         CheckpointError: it is another than was measured, or damaged, or none.
     """
+    if certificate.is_from_outside:
+        raise CheckpointError(
+            f"It speaks of no checkpoint but of {certificate.subject[0].name}, whose weights are not known."
+        )
     manifest = Manifest.read(folder)
     if manifest.digest != certificate.checkpoint:
         raise CheckpointError(
@@ -207,16 +214,18 @@ def _as_table(file: Path, found: _Verified) -> Table:
         signature = f"[green]valid[/], of key {found.keys[0]}"
     elif found.signature:
         signature = "[yellow]not checked[/]: give the signer's public key with --key"
-    matches = "not checked: give its folder with --checkpoint"
+    outside = certificate.is_from_outside
+    matches = "not known: a server's own" if outside else "not checked: give its folder with --checkpoint"
     if found.files is not None:
         matches = "[red]not those[/]" if found.problem else f"[green]those that were measured[/]: {found.files}"
-    measured_on = f"{said.hardware.device}, vLLM {said.versions.vllm}, {said.pack.prompts} prompts"
+    where = f"{said.hardware.device}, vLLM {said.versions.vllm}" if said.hardware else "its public API"
+    measured_on = f"{where}, {said.pack.prompts} prompts"
     rows = table("certificate", _shown(file.name))
     for name, value in (
         ("tier", _shown(said.tier)),
         ("verdict", f"[{_COLOURS[certificate.verdict]}]{certificate.verdict}[/]"),
-        ("checkpoint", _shown(subject.name)),
-        ("its digest", certificate.checkpoint),
+        ("server" if outside else "checkpoint", _shown(subject.name)),
+        ("its evidence" if outside else "its digest", certificate.checkpoint),
         ("measured on", _shown(measured_on)),
         ("divergences", "exact" if said.findings.exact else "lower bounds"),
         ("issued", f"{said.issued:%Y-%m-%d %H:%M:%S} UTC"),
@@ -236,11 +245,12 @@ def _shown(text: str) -> str:
 def _as_json(found: _Verified) -> dict[str, Any]:
     certificate = found.certificate
     said, subject = certificate.predicate, certificate.subject[0]
+    named = {"name": subject.name, "digest": subject.digest.sha256}
     return {
         "holds": not found.problem,
         "tier": said.tier,
         "verdict": certificate.verdict,
-        "checkpoint": {"name": subject.name, "digest": certificate.checkpoint},
+        **({"checkpoint": None, "evidence": named} if certificate.is_from_outside else {"checkpoint": named}),
         "issued": said.issued.isoformat(),
         "digest": certificate.digest,
         "signature": found.signature,

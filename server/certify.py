@@ -18,7 +18,6 @@ from server.progress import Step, Steps
 from server.running import Running, engines_to_measure
 from server.serve import backend_of
 from tiers.catalog import ModelShape
-from tiers.conformance import corpus, prompts
 from tiers.conformance.budget import Budget, judge, overall
 from tiers.conformance.certificate import Certificate, Conformance, Hardware, Versions
 from tiers.conformance.certificate import Pack as PackNamed
@@ -133,8 +132,8 @@ class _Certifier:
         """The reference's answers, from before if there are any."""
         asked, passages = self._extent.prompts[:prompts_so_far], self._extent.passages[:prompts_so_far]
         manifest = self._reference.manifest
-        which = f"{prompts.digest(asked)[:12]}-{corpus.digest(passages)[:12]}-{self._extent.tokens}"
-        folder = self._config.packs / f"{manifest.model.replace('/', '--')}-{manifest.short_digest}-{which}"
+        name = f"{manifest.model.replace('/', '--')}-{manifest.short_digest}-{self._extent.mark(prompts_so_far)}"
+        folder = self._config.packs / name
         with self._steps.step(f"The reference answers {prompts_so_far} prompts") as step:
             if earlier is None:  # else what was measured already is of its answers
                 try:

@@ -2,18 +2,24 @@
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from server.alone import alone
-from server.config import choose_tiers, load_config
+from server.config import Config, choose_tiers, load_config
 from server.console import ConfigOption, JsonOption, err, log_to, out, tier_names
 from server.progress import Steps
 from server.tables import certificates_table, show
 from tiers.conformance.findings import Verdict
-from tiers.errors import BuildError
+from tiers.errors import BuildError, ConfigError
+from tiers.tier import Tier
+
+if TYPE_CHECKING:
+    from tiers.conformance.certificate import Certificate
+    from tiers.conformance.extent import Asked
 
 OCCUPIED = BuildError("Another assay certifies from this home: wait for it.")
 
@@ -47,6 +53,32 @@ def certify(
     sign: Annotated[
         Path | None, typer.Option(help="A private key, as `assay certificate keygen` makes one.", dir_okay=False)
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure a server that someone else runs, by what its OpenAI API tells any caller, such as "
+            "https://host/v1. It takes a reference pack and no engine here. The server must take token ids, and "
+            "give prompt_logprobs and logprobs, the 20 likeliest tokens of each position, as vLLM does. KL and TV "
+            "are then lower bounds: they show that a limit is exceeded, never that it holds.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What that server calls the tier; the tier's name by default."),
+    ] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(metavar="VAR", help="The environment variable that has that server's API key; never shown."),
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            help="The reference pack for --url, hidden states not needed; by default the newest of home that has "
+            "as much as --quick and --prompts say.",
+            file_okay=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how far tiers are from the reference, and write their certificates and a report.
@@ -56,25 +88,36 @@ def certify(
     answers and a fixed corpus: as prompts, and token by token. Exits with 0 if all tiers keep to their budgets,
     with 1 if one does not, and with 2 if more prompts would be needed to tell.
 
-    Example: assay certify Turbo --quick
-    """
-    # What measures needs libraries for which no other command need wait.
-    from server.certify import certify as measure_tiers
-    from server.certify import write
-    from tiers.conformance.extent import Asked
+    With --url it is a server that someone else runs. Its certificate lies beside the tiers' own, with the
+    evidence, the scores of every token; no gateway takes it for a tier's.
 
+    Example: assay certify Turbo --quick
+
+    Example: assay certify Turbo --quick --url https://host/v1 --model NAME --key-env VAR
+    """
     log_to(err)
     settings = load_config(config)
+    if url is None and (lone := _given({"--model": model, "--key-env": key_env, "--pack": pack})):
+        raise ConfigError(f"{lone} is of a server that someone else runs: name it with --url.")
+    if url is not None and (own := _given({"--self-test": self_test, "--until-decided": until_decided})):
+        raise ConfigError(f"{own} takes engines of one's own, and --url names someone else's.")
+    if pack is not None and (much := _given({"--quick": quick, "--prompts": prompts})):
+        raise ConfigError(f"{much} and --pack both say which reference pack is taken: give one of them.")
     if self_test:
         from server.self_test_cli import self_test_command
 
         raise typer.Exit(self_test_command(settings, repeats=repeats, as_json=as_json))
+    # What measures needs libraries for which no other command need wait.
+    from tiers.conformance.extent import Asked
+
     chosen = choose_tiers(settings, tiers)
     asked = Asked(quick=quick, prompts=prompts, until_decided=until_decided)
-    with Steps(err) as steps, alone(settings.packs, OCCUPIED, BuildError):
-        measured = asyncio.run(measure_tiers(settings, chosen, asked, steps))
-        written = write(measured, chosen, settings, sign)
-    certificates = [each.certificate for each in measured]
+    if url is not None:
+        if len(chosen) != 1:
+            raise ConfigError("--url is of one tier: name it, as in `assay certify Turbo --url https://host/v1`.")
+        certificates, written = _outside(settings, chosen[0], asked, pack, url, model, key_env, sign)
+    else:
+        certificates, written = _here(settings, chosen, asked, sign)
     if as_json:
         out.print_json(json.dumps([json.loads(each.canonical) for each in certificates]))
     else:
@@ -83,3 +126,42 @@ def certify(
     verdicts = {each.verdict for each in certificates}
     if verdicts != {Verdict.PASS}:
         raise typer.Exit(1 if Verdict.FAIL in verdicts else 2)
+
+
+def _here(
+    settings: Config, chosen: Sequence[Tier], asked: "Asked", sign: Path | None
+) -> tuple[list["Certificate"], Path]:
+    """Of the tiers' own engines; and where the report is."""
+    from server.certify import certify as measure_tiers
+    from server.certify import write
+
+    with Steps(err) as steps, alone(settings.packs, OCCUPIED, BuildError):
+        measured = asyncio.run(measure_tiers(settings, chosen, asked, steps))
+        written = write(measured, chosen, settings, sign)
+    return [each.certificate for each in measured], written
+
+
+def _outside(
+    settings: Config,
+    tier: Tier,
+    asked: "Asked",
+    pack: Path | None,
+    url: str,
+    model: str | None,
+    key_env: str | None,
+    sign: Path | None,
+) -> tuple[list["Certificate"], Path]:
+    """Of someone else's server; and where the report is."""
+    from server.certify_outside import certify_outside, write
+    from server.outside import PublicApi, read_key, read_url
+
+    api = PublicApi(read_url(url), model or tier.name, read_key(key_env) if key_env else None)
+    with Steps(err) as steps:
+        found = asyncio.run(certify_outside(settings, tier, api, asked, pack, steps))
+        written = write(found, tier, api, settings, sign)
+    return [found.measured.certificate], written
+
+
+def _given(options: Mapping[str, object]) -> str | None:
+    """The first of these options that was."""
+    return next((name for name, value in options.items() if value), None)

@@ -103,7 +103,7 @@ async def make_pack(
         )
 
     works = [*(partial(answered, *each) for each in wanted), *(partial(read, each) for each in further)]
-    answers = taken + await _by_turns(works, AT_ONCE)
+    answers = taken + await by_turns(works, AT_ONCE)
     return Pack.write(
         folder,
         origin,
@@ -163,14 +163,18 @@ async def score(
         say(f"{phase}: {done} of {len(numbers)} answers and passages")
         return Scores.of(columns | {"prompt": [number] * len(columns["token"])})
 
-    measured = await _by_turns([partial(scored, number) for number in numbers], at_once)
+    measured = await by_turns([partial(scored, number) for number in numbers], at_once)
     scores = Scores.joined([each for _, each in sorted(zip(numbers, measured, strict=True), key=itemgetter(0))])
     # An answer's first token comes from the prompt's prefill, in both phases.
     return scores if phase == "prefill" else scores.where(scores.position > 0)
 
 
-async def _by_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
-    """What each gives, in their order; so many are under way at once."""
+async def by_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
+    """What each gives, in their order; so many are under way at once.
+
+    Raises:
+        AssayError: the first that one of them raised; the others are cancelled.
+    """
     gate = asyncio.Semaphore(at_once)
 
     async def in_turn(work: Callable[[], Awaitable[T]]) -> T:

@@ -27,6 +27,7 @@ def test_the_engines_that_serve_are_measured_and_no_others_are_started(
     fingerprints = {tier["id"]: tier["fingerprint"] for tier in assay.get("/v1/tiers")["data"]}
     for tier in TIERS:
         measured = certificate(certified, tier).predicate.verified
+        assert measured is not None
         assert measured.fingerprint == fingerprints[f"{MODEL}-{tier}"]
 
 

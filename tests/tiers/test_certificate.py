@@ -38,6 +38,9 @@ def certificate(findings: Findings) -> Certificate:
 def now(certificate: Certificate) -> Binding:
     """The tier as it was measured."""
     then = certificate.predicate
+    assert then.verified is not None
+    assert then.hardware is not None
+    assert then.versions.vllm is not None
     return Binding(
         checkpoint=certificate.checkpoint,
         vllm=then.versions.vllm,
@@ -149,6 +152,24 @@ def test_lower_bounds_are_never_called_exact(certificate: Certificate, findings:
     with pytest.raises(ValidationError, match="lower bounds by the public API"):
         with_predicate(certificate, findings=bounds)
     assert with_predicate(certificate, findings=bounds, method="public api")["method"] == "public api"
+
+
+@pytest.mark.parametrize("unknown", ["verified", "hardware", "versions"])
+def test_only_of_an_api_may_precision_hardware_and_versions_be_unknown(
+    certificate: Certificate, unknown: str
+) -> None:
+    fields = {unknown: {"assay": "0.1.0"} if unknown == "versions" else None}
+    with pytest.raises(ValidationError, match="precision, hardware and versions are known"):
+        with_predicate(certificate, **fields)
+    bounds = make_findings(*make_measurement(), exact=False)
+    assert with_predicate(certificate, findings=bounds, method="public api", **fields)
+
+
+def test_from_outside_it_says_nothing_of_a_tiers_engine(certificate: Certificate, now: Binding) -> None:
+    bounds = make_findings(*make_measurement(), exact=False)
+    outside = Conformance.model_validate(with_predicate(certificate, findings=bounds, method="public api"))
+    (reason,) = is_void(certificate.model_copy(update={"predicate": outside}), now)
+    assert "measured from outside by its public API" in reason
 
 
 def test_a_certificate_is_issued_in_utc(certificate: Certificate) -> None:

@@ -229,6 +229,7 @@ def test_every_metric_stands_there_with_interval_limit_and_noise_floor(page: Pag
 def test_what_it_holds_for_stands_there(page: Page, measured: Measured) -> None:
     certificate = measured.certificate
     predicate = certificate.predicate
+    assert predicate.verified is not None
     wanted = [
         *(certificate.digest, certificate.checkpoint, predicate.pack.digest, predicate.pack.prompt_set),
         *(predicate.tokenizer, predicate.chat_template, predicate.verified.fingerprint, predicate.tier),
@@ -249,6 +250,7 @@ def test_what_a_model_wrote_is_text(measured: Measured) -> None:
         for phase, found in findings.phases.items()
     }
     bad = with_findings(measured, worst=worst, phases=phases)
+    assert bad.certificate.predicate.hardware is not None
     hardware = bad.certificate.predicate.hardware.model_copy(update={"device": SCRIPT})
     certificate = with_predicate(bad.certificate, tier=SCRIPT, hardware=hardware)
     html = render_report([replace(measured, certificate=certificate)])

@@ -1,7 +1,8 @@
 """A certificate: what was found of one tier, bound to all that the finding holds for.
 
 An in-toto Statement v1, whose subject is the checkpoint and whose predicate says how far the running tier was from
-the reference, on which engine and hardware, and by which prompts. Knows findings; knows nothing of signatures.
+the reference, on which engine and hardware, and by which prompts. Of a server that someone else runs, measured by
+its public API, the subject is the evidence: what it told. Knows findings; knows nothing of signatures.
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 """
 
@@ -55,8 +56,9 @@ class Versions(_Plain):
     """Of what computed and what measured."""
 
     assay: str
-    vllm: str
-    torch: str
+    vllm: str | None = None
+    torch: str | None = None
+    """None where an API does not tell."""
 
 
 class Pack(_Plain):
@@ -78,13 +80,16 @@ class Conformance(_Plain):
     """Its full name, such as Llama-3.1-8B-Instruct-Lite."""
     kind: TierKind
     model: str
-    verified: VerifiedPrecision
-    """The arithmetic that was read back from the engine that was measured, and the engine's fingerprint."""
-    hardware: Hardware
+    verified: VerifiedPrecision | None = None
+    """The arithmetic that was read back from the engine that was measured, and the engine's fingerprint; None
+    where an API does not tell."""
+    hardware: Hardware | None = None
+    """None where an API does not tell."""
     versions: Versions
     pack: Pack
     tokenizer: Digest = _SHA256
     chat_template: Digest = _SHA256
+    """By which the prompts were written down, as token ids."""
     budget: dict[Phase, dict[str, float]]
     """The limit of each metric, a field of `Metrics`, in each phase."""
     findings: Findings
@@ -104,6 +109,9 @@ class Conformance(_Plain):
     def _says_what_the_method_can(self) -> Self:
         if self.findings.exact != (self.method == "probe"):
             raise ValueError("divergences are exact by the probe, and lower bounds by the public API")
+        unknown = None in (self.verified, self.hardware, self.versions.vllm, self.versions.torch)
+        if self.method == "probe" and unknown:
+            raise ValueError("of an engine with the probe precision, hardware and versions are known")
         if not self.findings.exact and any(
             each.metric in LOWER_BOUNDS and each.verdict is Verdict.PASS for each in self.findings.judgements
         ):
@@ -118,7 +126,11 @@ class SubjectDigest(_Plain):
 
 
 class Subject(_Plain):
-    """The checkpoint that a certificate speaks of. The digest is that of its manifest: of every file's bytes."""
+    """The checkpoint that a certificate speaks of. The digest is that of its manifest: of every file's bytes.
+
+    Where the method is the public API it is a server, by its URL and its name for the model. The digest is that of
+    the evidence, a file with the scores of every token: of an engine that someone else runs no more is at hand.
+    """
 
     name: str
     digest: SubjectDigest
@@ -133,7 +145,7 @@ class Certificate(_Plain):
     """The whole statement."""
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
-    subject: tuple[Subject] = Field(description="One checkpoint.")
+    subject: tuple[Subject] = Field(description="One checkpoint, or what a server told.")
     predicate_type: Literal["urn:assay:conformance:v1"] = Field(default=PREDICATE_TYPE, alias="predicateType")
     predicate: Conformance
 
@@ -143,8 +155,13 @@ class Certificate(_Plain):
         return cls(subject=(Subject.of(manifest),), predicate=predicate)
 
     @property
+    def is_from_outside(self) -> bool:
+        """Whether it is of a server that someone else runs, by what it tells any caller."""
+        return self.predicate.method == "public api"
+
+    @property
     def checkpoint(self) -> Digest:
-        """The digest of the checkpoint's manifest."""
+        """The digest of the checkpoint's manifest; from outside that of the evidence."""
         return self.subject[0].digest.sha256
 
     @property
@@ -219,6 +236,11 @@ class Binding(_Plain):
 def is_void(certificate: Certificate, now: Binding) -> list[str]:
     """Why the certificate says nothing of the tier as it is now, a sentence for each reason; empty if it holds."""
     then = certificate.predicate
+    if then.verified is None or then.hardware is None or certificate.is_from_outside:
+        return [
+            f"It is of {certificate.subject[0].name}, measured from outside by its public API: it does not say "
+            "what computed there, and so nothing of an engine here."
+        ]
     reasons = []
     if certificate.checkpoint != now.checkpoint:
         reasons.append(

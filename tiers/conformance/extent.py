@@ -4,9 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
+from tiers.conformance import corpus
 from tiers.conformance.corpus import Passage, load_corpus
 from tiers.conformance.findings import FEWEST_PROMPTS
-from tiers.conformance.prompts import Prompt, load_prompts
+from tiers.conformance.prompts import Prompt, digest, load_prompts
 from tiers.errors import PromptsError
 
 QUICK = 24
@@ -63,6 +64,11 @@ class Extent:
             tokens=QUICK_TOKENS if asked.quick else TOKENS,
             stages=tuple(_doubling(min(QUICK, most), most)) if asked.until_decided else (most,),
         )
+
+    def mark(self, prompts: int) -> str:
+        """By what a pack of so many of them is found: the digests of what is asked, and the length of answers."""
+        asked, read = digest(self.prompts[:prompts]), corpus.digest(self.passages[:prompts])
+        return f"{asked[:12]}-{read[:12]}-{self.tokens}"
 
     @property
     def confidence(self) -> float:
