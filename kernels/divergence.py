@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _ROWS_IN_CACHE = 4
+_ROUNDING = 2.0**-20
+"""Of probabilities that were added up in FP32."""
 
 
 class Comparison(NamedTuple):
@@ -113,13 +115,14 @@ def kl_lower_bound(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:
         raise ValueError(
             f"p has shape {tuple(p_logprobs.shape)} and q {tuple(q_logprobs.shape)}; they must be equal"
         )
-    p, q = _with_rest(p_logprobs.double()), _with_rest(q_logprobs.double())
+    # What rounding may have left of q's rest: a smaller one would make of it more than a lower bound.
+    p, q = _with_rest(p_logprobs.double(), 0.0), _with_rest(q_logprobs.double(), _ROUNDING)
     terms = torch.where(p > 0, p * (p.log() - q.log()), 0.0)
     return terms.sum(-1).clamp_min(0)
 
 
-def _with_rest(logprobs: Tensor) -> Tensor:
+def _with_rest(logprobs: Tensor, least: float) -> Tensor:
     """Probabilities with the remaining mass as a last column: [T, k] → [T, k + 1]."""
     probabilities = logprobs.exp()
-    rest = (1 - probabilities.sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    rest = (1 - probabilities.sum(-1, keepdim=True)).clamp_min(least)
     return torch.cat([probabilities, rest], dim=-1)

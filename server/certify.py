@@ -148,6 +148,7 @@ class _Certifier:
                 passages,
                 folder,
                 tokens=self._extent.tokens,
+                twice=self._extent.twice,
                 fingerprint=self._reference.verified.fingerprint,
                 say=step.detail,
                 earlier=earlier,

@@ -6,7 +6,6 @@ Knows engines and what is asked of them; knows no statistics and no verdicts.
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
@@ -33,8 +32,6 @@ CONTEXT = 48
 """Tokens that are shown before one of the worst."""
 AT_ONCE = 32
 """Sequences: neighbours in the same steps, as callers are."""
-LONGEST_PASSAGE = 128
-"""Tokens of a passage of the corpus that are scored."""
 
 
 async def make_pack(
@@ -48,9 +45,10 @@ async def make_pack(
     tokens: int,
     fingerprint: str,
     say: Say,
+    twice: bool = True,
     earlier: Pack | None = None,
 ) -> Pack:
-    """Have the reference answer every prompt, greedily and sampled, and keep its distributions there.
+    """Have the reference answer every prompt, greedily or sampled, and keep its distributions there.
 
     Those along the corpus are kept as well.
 
@@ -61,9 +59,10 @@ async def make_pack(
         prompts: to be answered.
         passages: of the corpus.
         folder: where the pack is to be.
-        tokens: of each answer, at most.
+        tokens: of each answer and passage, at most.
         fingerprint: of the engine.
         say: told how far it is.
+        twice: whether each prompt is answered both ways, or one this way and the next that.
         earlier: a pack of the first of these prompts and passages, whose answers are taken over, as its first.
 
     Raises:
@@ -74,7 +73,12 @@ async def make_pack(
     origin = Origin.of(manifest)
     taken = earlier.share(folder) if earlier else []
     have = {answer.prompt_id for answer in taken}
-    wanted = [each for each in product(prompts, (True, False)) if each[0].id not in have]
+    wanted = [
+        (prompt, greedy)
+        for place, prompt in enumerate(prompts)
+        for greedy in ((True, False) if twice else (place % 2 == 0,))
+        if prompt.id not in have
+    ]
     further = [passage for passage in passages if passage.id not in have]
     done = 0
 
@@ -98,7 +102,7 @@ async def make_pack(
                 language=passage.language,
                 source="written",
                 prompt=[first],
-                answer=rest[:LONGEST_PASSAGE],
+                answer=rest[:tokens],
             )
         )
 

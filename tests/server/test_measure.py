@@ -104,7 +104,13 @@ async def pack(gateway: Gateway, checkpoint: Path, tmp_path: Path) -> Pack:
 
 
 async def made(
-    gateway: Gateway, checkpoint: Path, folder: Path, prompts: Sequence[Prompt], earlier: Pack | None = None
+    gateway: Gateway,
+    checkpoint: Path,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    earlier: Pack | None = None,
+    *,
+    twice: bool = True,
 ) -> Pack:
     return await make_pack(
         gateway.replica.engine,
@@ -116,6 +122,7 @@ async def made(
         tokens=3,
         fingerprint="f",
         say=silent,
+        twice=twice,
         earlier=earlier,
     )
 
@@ -128,6 +135,14 @@ async def test_every_prompt_is_answered_greedily_and_sampled(pack: Pack, fake: F
     assert [answer.source for answer in pack.answers] == ["greedy", "sampled"] * 3 + ["written"] * 2
     assert {each["phase"] for each in fake.walks} == {"prefill"}
     assert Pack.read(pack.folder).digest == pack.digest
+
+
+async def test_once_each_they_are_greedy_and_sampled_by_turns(
+    gateway: Gateway, checkpoint: Path, tmp_path: Path
+) -> None:
+    pack = await made(gateway, checkpoint, tmp_path / "once", PROMPTS, twice=False)
+    assert [answer.source for answer in pack.answers] == ["greedy", "sampled", "greedy", "written", "written"]
+    assert [answer.prompt_id for answer in pack.prompts_asked] == [prompt.id for prompt in PROMPTS]
 
 
 async def test_scores_know_their_prompt(gateway: Gateway, pack: Pack, checkpoint: Path) -> None:

@@ -41,7 +41,9 @@ class Extent:
     passages: tuple[Passage, ...]
     """Likewise."""
     tokens: int
-    """Of each answer, at most."""
+    """Of each answer and passage, at most."""
+    twice: bool
+    """Whether each prompt is answered both greedily and sampled, or one this way and the next that."""
     stages: tuple[int, ...]
     """After so many prompts one looks whether the verdict is settled; the last are all."""
 
@@ -62,6 +64,7 @@ class Extent:
             prompts=ordered[:most],
             passages=_in_turn(load_corpus())[:most],
             tokens=QUICK_TOKENS if asked.quick else TOKENS,
+            twice=not asked.quick,
             stages=tuple(_doubling(min(QUICK, most), most)) if asked.until_decided else (most,),
         )
 

@@ -21,7 +21,8 @@ class Scores:
     """One tier in one phase. All arrays are [T]."""
 
     prompt: NDArray[np.int32]
-    """Which of the pack's answers, by its place there; or which of its prompts, after `Pack.by_prompt`."""
+    """Which of the pack's answers, by its place there; or which of its prompts or passages, after
+    `Pack.of_answers` and `Pack.of_corpus`."""
     position: NDArray[np.int32]
     """Which token of the answer, from 0."""
     token: NDArray[np.int32]
