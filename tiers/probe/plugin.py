@@ -5,9 +5,11 @@ from vllm.platforms.interface import PlatformEnum
 
 from tiers.probe.fp8_cpu import CPUFP8ScaledMMLinearKernel
 from tiers.probe.log import keep_log_clean
+from tiers.probe.waiting import wait_asleep
 
 
 def register() -> None:
-    """Keep callers' words out of the log, and offer vLLM our kernels; each says itself where it applies."""
+    """Keep callers' words out of the log and cores for computing, and offer vLLM our kernels."""
     keep_log_clean()
+    wait_asleep()
     register_linear_kernel(CPUFP8ScaledMMLinearKernel, PlatformEnum.CPU, "fp8")
