@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from tiers.conformance.sequence import Scored
 from tiers.conformance.sequence import Sequence as Walk
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
-from tiers.probe.reading import FAULT_ROUTE, READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, EngineReading
+from tiers.probe.reading import (
+    CALLERS_ROUTE,
+    FAULT_ROUTE,
+    OWN,
+    READING_ROUTE,
+    SCORE_ROUTE,
+    SLEEP_ROUTE,
+    WAKE_ROUTE,
+    EngineReading,
+)
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 300.0
@@ -31,7 +40,6 @@ WAITS_FOR_CALLERS_S = 10.0
 """How long, before each sequence, whoever measures an engine that serves lets its callers go first."""
 
 _READINGS = TypeAdapter(list[EngineReading])
-_REQUESTS = (b"vllm:num_requests_running", b"vllm:num_requests_waiting{")
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
 """What moves in vLLM's metrics with every step of an engine: when a prompt is done, with each token, and with each
 piece of a prompt."""
@@ -61,7 +69,6 @@ class Engine:
         self.process = process
         self._address_file: Path | None = None
         self._gives_way = gives_way
-        self._measuring = 0
         self.upstream = Upstream(url, key)
         """The way for callers' requests; what an engine is asked about itself goes by the session."""
         self._session = aiohttp.ClientSession(
@@ -155,6 +162,14 @@ class Engine:
         """What vLLM has counted of its work; where two are unequal it worked between. Empty if it does not say."""
         return tuple(line for line in await self._metrics(timeout_s) if line.startswith(_WORK))
 
+    async def callers(self) -> int:
+        """How many requests it works on, or holds back, that measure nothing.
+
+        Raises:
+            EngineNotStarted: it does not tell.
+        """
+        return int(await self._ask("GET", CALLERS_ROUTE, "its callers"))
+
     async def walk(self, sequence: Walk) -> Scored:
         """Have it compute one sequence, and say how far its distributions are from the reference's.
 
@@ -162,8 +177,8 @@ class Engine:
             EngineNotStarted: it cannot, or is gone.
         """
         body = sequence.model_dump(mode="json")
-        async with self._after_callers():
-            return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
+        await self._until_callers_are_gone()
+        return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
 
     async def tokens(self, model: str, text: str) -> list[int]:
         """The tokens of a text, with what the tokenizer puts before it.
@@ -201,8 +216,8 @@ class Engine:
         }
         if prompt.tools:
             body |= {"tools": prompt.tools, "tool_choice": "none"}
-        async with self._after_callers():
-            said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
+        await self._until_callers_are_gone()
+        said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
         return Answer(
             prompt_id=prompt.id,
             kind=prompt.kind,
@@ -269,24 +284,13 @@ class Engine:
         if self.process is not None:
             await self.process.stop()
 
-    @asynccontextmanager
-    async def _after_callers(self) -> AsyncIterator[None]:
-        """Begin when no caller's request runs, on an engine that callers have too; or after a while of that."""
+    async def _until_callers_are_gone(self) -> None:
+        """Wait while a caller's request runs, on an engine that callers have too; or for a while of that."""
         if self._gives_way:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WAITS_FOR_CALLERS_S):
-                    while await self._requests() > self._measuring:
+                    while await self.callers():
                         await asyncio.sleep(POLL_S)
-        self._measuring += 1
-        try:
-            yield
-        finally:
-            self._measuring -= 1
-
-    async def _requests(self) -> float:
-        """How many the engine works on, or holds back."""
-        lines = await self._metrics(HEALTH_TIMEOUT_S)
-        return sum(float(line.rsplit(b" ", 1)[1]) for line in lines if line.startswith(_REQUESTS))
 
     async def _metrics(self, timeout_s: float) -> list[bytes]:
         """What vLLM shows of itself, by lines; none if it does not answer."""
@@ -300,8 +304,9 @@ class Engine:
 
     async def _ask(self, method: str, route: str, what: str, body: Any = None) -> bytes:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        own = {"x-request-id": f"{OWN}{secrets.token_hex(8)}"}
         try:
-            async with self._session.request(method, route, json=body, timeout=timeout) as answer:
+            async with self._session.request(method, route, json=body, headers=own, timeout=timeout) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._problem(f"the engine gives no answer to {what} ({error!r})") from error

@@ -184,13 +184,22 @@ def test_the_public_api_says_the_same_of_a_token(assay: Server, engines: Engines
 def test_callers_are_not_touched_while_a_tier_is_measured(assay: Server, engines: Engines, pack: Pack) -> None:
     """Their answers are neither forced nor scored, in the same steps."""
 
+    callers: list[int] = []
+
     async def measure(engine: Engine) -> tuple[Scores, list[str]]:
+        scoring = asyncio.create_task(score(engine, pack, REFERENCE, "decode", say=silent))
+        await asyncio.sleep(0.5)
+        callers.append(await engine.callers())
         asking = asyncio.create_task(asyncio.to_thread(_ask, assay))
-        measured = await score(engine, pack, REFERENCE, "decode", say=silent)
-        return measured, await asking
+        while not asking.done():
+            callers.append(await engine.callers())
+            await asyncio.sleep(0.1)
+        return await scoring, await asking
 
     alone = _ask(assay)
     measured, beside = engines.run("Turbo", measure)
+    assert callers[0] == 0, "what measures is no caller"
+    assert max(callers) == 1
     assert {answer[:12] for answer in beside} == {alone[0][:12]}
     assert len(measured) == sum(len(answer.answer) - 1 for answer in pack.answers)
 

@@ -1,6 +1,5 @@
 """Which engines are measured: those that serve, where some do, and callers of theirs go first."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,16 +22,17 @@ from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading, with_layer
 from tiers.errors import ConfigError
 from tiers.precision import BF16
+from tiers.probe.reading import OWN
 from tiers.source import EMBEDDED_MODEL
 from tiers.tier import TierKind
 
 
 class Served:
-    """An engine of a server: says what it is, and how many requests it works on."""
+    """An engine of a server: says what it is, and how many callers it has."""
 
     def __init__(self) -> None:
         self.read = reading(BF16)
-        self.running = [0.0]
+        self.callers = [0]
         self.walked = 0
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
@@ -42,10 +42,10 @@ class Served:
                 return web.json_response({"version": "0.32.0"})
             case "/assay/reading":
                 return web.json_response([self.read.model_dump(mode="json")])
-            case "/metrics":
-                running = self.running.pop(0) if len(self.running) > 1 else self.running[0]
-                return web.Response(text=f'vllm:num_requests_running{{model="m"}} {running}\n')
+            case "/assay/callers":
+                return web.json_response(self.callers.pop(0) if len(self.callers) > 1 else self.callers[0])
             case _:
+                assert request.headers["x-request-id"].startswith(OWN)
                 self.walked += 1
                 return web.json_response({"columns": {}})
 
@@ -135,19 +135,14 @@ async def test_one_that_computes_something_else_is_not_measured(config: Config, 
             pass
 
 
-async def test_callers_go_first_and_its_own_requests_are_not_theirs(
-    monkeypatch: pytest.MonkeyPatch, config: Config, served: Served
-) -> None:
+async def test_callers_go_first(monkeypatch: pytest.MonkeyPatch, config: Config, served: Served) -> None:
     monkeypatch.setattr(engine_module, "POLL_S", 0.01)
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
-    served.running = [2.0, 1.0, 0.0]
+    served.callers = [2, 1, 0]
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):
         await running.engine.walk(walk)
-        assert served.running == [0.0], "it waited until nobody was there"
+        assert served.callers == [0], "it waited until nobody was there"
         assert served.walked == 1
-        served.running = [1.0, 0.0]
-        await asyncio.gather(running.engine.walk(walk), running.engine.walk(walk))
-        assert served.walked == 3
 
 
 async def test_callers_who_never_stop_are_not_waited_for_for_ever(
@@ -155,7 +150,7 @@ async def test_callers_who_never_stop_are_not_waited_for_for_ever(
 ) -> None:
     monkeypatch.setattr(engine_module, "POLL_S", 0.01)
     monkeypatch.setattr(engine_module, "WAITS_FOR_CALLERS_S", 0.1)
-    served.running = [5.0]
+    served.callers = [5]
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):
         await running.engine.walk(walk)

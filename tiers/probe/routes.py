@@ -12,7 +12,16 @@ from fastapi import FastAPI, HTTPException, Request
 from tiers.conformance.faults import Planting
 from tiers.conformance.sequence import Scored, Sequence
 from tiers.probe.planting import Front
-from tiers.probe.reading import FAULT_ROUTE, READING_ROUTE, SCORE_ROUTE, SLEEP_ROUTE, WAKE_ROUTE, may_plant
+from tiers.probe.reading import (
+    CALLERS_ROUTE,
+    FAULT_ROUTE,
+    OWN,
+    READING_ROUTE,
+    SCORE_ROUTE,
+    SLEEP_ROUTE,
+    WAKE_ROUTE,
+    may_plant,
+)
 from tiers.probe.walk import WalkFailed, walk
 
 RPC_TIMEOUT_S = 60.0
@@ -49,6 +58,11 @@ class ProbeRoutes:
                 return await walk(request.app.state.assay_engine, sequence)
             except WalkFailed as failure:
                 raise HTTPException(409, str(failure)) from failure
+
+        @app.get(CALLERS_ROUTE)
+        async def callers(request: Request) -> int:
+            requests = request.app.state.assay_engine.output_processor.request_states
+            return sum(OWN not in name for name in requests)
 
         if may_plant():
             self._attach_fault_route(app)

@@ -13,6 +13,7 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tiers.conformance.sequence import Scored, Sequence
+from tiers.probe.reading import OWN
 from tiers.probe.scoring import MARK
 
 AT_ONCE = 64
@@ -67,7 +68,7 @@ async def _fill_cache(engine: Any, sequence: Sequence, token: str) -> None:
     params = _params(max_tokens=1)
     # Without its last token: what an answer begins from is computed anew even where all else is found.
     prompt = tokens_input(prompt_token_ids=sequence.prompt[:-1] or sequence.prompt, cache_salt=token)
-    async for _ in engine.generate(prompt, params, f"assay-cache-{token}"):
+    async for _ in engine.generate(prompt, params, f"{OWN}cache-{token}"):
         pass
 
 
@@ -97,7 +98,7 @@ async def _run(engine: Any, sequence: Sequence, token: str) -> AsyncGenerator[in
     # The salt keeps callers from finding what is computed here in their cache.
     prompt = tokens_input(prompt_token_ids=ids, cache_salt=token)
     generated = 0
-    async with contextlib.aclosing(engine.generate(prompt, params, f"assay-{token}")) as outputs:
+    async with contextlib.aclosing(engine.generate(prompt, params, f"{OWN}{token}")) as outputs:
         async for output in outputs:
             generated += len(output.outputs[0].token_ids)
             yield generated
