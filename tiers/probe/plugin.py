@@ -5,11 +5,11 @@ from vllm.platforms.interface import PlatformEnum
 
 from tiers.probe.fp8_cpu import CPUFP8ScaledMMLinearKernel
 from tiers.probe.log import keep_log_clean
-from tiers.probe.waiting import wait_asleep
+from tiers.probe.waiting import wait_with_naps
 
 
 def register() -> None:
     """Keep callers' words out of the log and cores for computing, and offer vLLM our kernels."""
     keep_log_clean()
-    wait_asleep()
+    wait_with_naps()
     register_linear_kernel(CPUFP8ScaledMMLinearKernel, PlatformEnum.CPU, "fp8")
