@@ -17,6 +17,8 @@ class Address(BaseModel):
 
     url: str
     key: str
+    checkpoint: str
+    """The digest of the manifest that it was loaded by: the files may be others by now."""
 
     def write(self, file: Path) -> None:
         """Put it in place of the engine's last one, whole."""
@@ -25,6 +27,11 @@ class Address(BaseModel):
         draft.touch(mode=0o600)
         draft.write_text(self.model_dump_json())
         draft.replace(file)
+
+    def take_away(self, file: Path) -> None:
+        """Remove it, if no other server of the same home has put its own there."""
+        if Address.read(file) == self:
+            file.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, file: Path) -> Self | None:

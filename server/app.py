@@ -64,7 +64,7 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
     """The gateway in front of ``fleet``."""
     routes = Routes(fleet.pools)
     admission = Admission(fleet.pools)
-    standings = Standings(Certificates(config.certificates))
+    standings = Standings(Certificates(config.certificates), config.budget_of)
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))

@@ -13,6 +13,7 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.pool import Pool
 from server.standing import Standings
+from tiers.tier import TierKind
 
 log = logging.getLogger("assay.certify")
 
@@ -23,10 +24,14 @@ _LEAST_OF_THE_CPU = ("nice", "-n", "19")
 async def certify_in_background(config: Config, pools: Sequence[Pool]) -> None:
     """Certify, one time, the tiers that lack a certificate of what runs now; nothing where that is off.
 
-    A tier that was measured, whatever came of it, is not measured again.
+    A tier that was measured, whatever came of it, is not measured again; and none can be whose model's Reference
+    is not served beside it.
     """
-    tiers = [pool.tier.name for pool in _unmeasured(config, pools)]
-    if config.certify == "off" or not tiers:
+    if config.certify == "off":
+        return
+    references = {pool.tier.model for pool in pools if pool.tier.kind is TierKind.REFERENCE}
+    tiers = [pool.tier.name for pool in _unmeasured(config, pools) if pool.tier.model in references]
+    if not tiers:
         return
     try:
         await _certify(config, tiers)
@@ -64,6 +69,6 @@ async def _certify(config: Config, tiers: Sequence[str]) -> None:
 
 def _unmeasured(config: Config, pools: Sequence[Pool]) -> list[Pool]:
     """Of those that can be measured while they serve."""
-    standings = Standings(Certificates(config.certificates))
+    standings = Standings(Certificates(config.certificates), config.budget_of)
     able = [pool for pool in pools if pool.can_answer and pool.tier.resources.idle != "sleep"]
     return [pool for pool in able if not standings.of(pool).holds]

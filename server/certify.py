@@ -5,16 +5,17 @@ Knows the order of things: who answers, who is walked along whose answers, what 
 
 import asyncio
 import importlib.metadata
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from server.certificates import Certificates
 from server.config import Config
-from server.measure import AT_ONCE, make_pack, score, worst_tokens
-from server.progress import Step, Steps
+from server.measure import AT_ONCE, compute_in_fp32, make_pack, score, worst_tokens
+from server.progress import Steps
 from server.running import Running, engines_to_measure
 from server.serve import backend_of
 from tiers.catalog import ModelShape
@@ -26,10 +27,8 @@ from tiers.conformance.findings import Findings, NoiseFloor, Verdict
 from tiers.conformance.pack import Origin, Pack, PackError
 from tiers.conformance.report import Measured, render_report
 from tiers.conformance.scores import PHASES, Phase, Scores
-from tiers.conformance.signature import read_private_key
 from tiers.conformance.signature import sign as sign_certificate
 from tiers.conformance.statistics import noise_floor, phase_findings
-from tiers.errors import BuildError
 from tiers.hardware import device_class
 from tiers.tier import Tier, TierKind
 
@@ -54,25 +53,28 @@ async def certify(config: Config, wanted: Sequence[Tier], asked: Asked, steps: S
         return measured
 
 
-def write(measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, sign: Path | None = None) -> Path:
+def write(
+    measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, key: Ed25519PrivateKey | None = None
+) -> Path:
     """Put each certificate where the gateway finds it, and a report of all of them beside; returns the report.
 
     Args:
         measured: in the order of ``tiers``.
         tiers: whose they are.
         config: says where.
-        sign: a private key, to put a signed envelope beside each certificate.
+        key: to put a signed envelope beside each certificate; without one an earlier envelope is removed.
 
     Raises:
-        CertificateError: the key is none.
+        CertificateError: it cannot be written.
     """
     kept = Certificates(config.certificates)
-    key = read_private_key(sign) if sign else None
     names = {tier.name: tier for tier in tiers}
     for each in measured:
         file = kept.save(names[each.certificate.predicate.tier], each.certificate)
+        envelope = file.with_suffix(".dsse.json")
+        envelope.unlink(missing_ok=True)  # it says of another certificate that it is signed
         if key is not None:
-            sign_certificate(each.certificate, key).write(file.with_suffix(".dsse.json"))
+            sign_certificate(each.certificate, key).write(envelope)
     report = config.certificates / "report.html"
     report.write_text(render_report(measured), encoding="utf-8")
     return report
@@ -137,9 +139,13 @@ class _Certifier:
         with self._steps.step(f"The reference answers {prompts_so_far} prompts") as step:
             if earlier is None:  # else what was measured already is of its answers
                 try:
-                    return Pack.read(folder)
+                    pack = Pack.read(folder)
                 except PackError as missing:
                     step.detail(str(missing))
+                else:
+                    # Another engine's would put that engine's differences into the noise floor.
+                    if pack.has_hidden and pack.engine == self._reference.verified.fingerprint:
+                        return pack
             return await make_pack(
                 self._reference.engine,
                 self._reference.tier.name,
@@ -162,17 +168,20 @@ class _Certifier:
             try:
                 return Pack.read(folder)
             except PackError:
-                await _run_truth(pack, self._checkpoint, folder, earlier, step)
+                await compute_in_fp32(pack, self._checkpoint, folder, earlier, step.detail)
             return Pack.read(folder)
 
     async def _measure_noise(self, pack: Pack, new: range) -> None:
         """The reference along its own answers, each prompt's under one of the conditions."""
-        conditions = ["other neighbours", "prefix cache"]
-        if self._reference.may_restart:
-            conditions.append("restarted")
-        ids = list(dict.fromkeys(pack.answers[number].prompt_id for number in new))
-        for place, condition in enumerate(conditions):
-            mine = set(ids[place :: len(conditions)])
+        others = ["other neighbours"] + ["restarted"] * self._reference.may_restart
+        # A cache holds whole blocks, of up to 128 tokens: the longest prompts have some. Passages have no prompt.
+        answers = [pack.answers[number] for number in new]
+        lengths = {answer.prompt_id: len(answer.prompt) for answer in answers if not answer.is_written}
+        longest = sorted(lengths, key=lambda each: -lengths[each])
+        cached = {*longest[: len(lengths) // (len(others) + 1)]}
+        rest = [each for each in dict.fromkeys(answer.prompt_id for answer in answers) if each not in cached]
+        prompts_of = {name: {*rest[place :: len(others)]} for place, name in enumerate(others)}
+        for condition, mine in {"prefix cache": cached, **prompts_of}.items():
             numbers = [number for number in new if pack.answers[number].prompt_id in mine]
             if condition == "restarted":
                 with self._steps.step(f"Restarting {self._reference.tier.name}"):
@@ -262,7 +271,6 @@ class _Certifier:
 
     def _conformance(self, running: Running, pack: Pack, budget: Budget, findings: Findings) -> Conformance:
         tier, verified, origin = running.tier, running.verified, Origin.of(running.manifest)
-        limits = budget.model_dump(exclude_none=True)
         return Conformance(
             tier=tier.name,
             kind=tier.kind,
@@ -287,7 +295,7 @@ class _Certifier:
             ),
             tokenizer=origin.tokenizer,
             chat_template=origin.template,
-            budget=dict.fromkeys(PHASES, limits),
+            budget=dict.fromkeys(PHASES, budget.limits),
             findings=findings,
             issued=datetime.now(UTC),
             method="probe",
@@ -300,29 +308,3 @@ def _is_open(measured: Measured) -> bool:
 
 def _joined(earlier: ByPhase | None, further: ByPhase) -> ByPhase:
     return {phase: Scores.joined([earlier[phase], each]) if earlier else each for phase, each in further.items()}
-
-
-async def _run_truth(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None, step: Step) -> None:
-    """In a process of its own, for it needs PyTorch and as much memory as the weights in FP32."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tiers.conformance.truth",
-        *(str(pack.folder), str(checkpoint), str(folder)),
-        *(("--earlier", str(earlier.folder)) if earlier else ()),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        errors = asyncio.create_task(process.stderr.read())
-        async for line in process.stdout:
-            step.detail(line.decode(errors="replace").strip())
-        if await process.wait():
-            last = (await errors).decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
-            raise BuildError(f"Transformers could not compute the reference's answers: {last[-1][:300]}")
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()

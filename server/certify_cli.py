@@ -18,6 +18,8 @@ from tiers.errors import BuildError, ConfigError
 from tiers.tier import Tier
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from tiers.conformance.certificate import Certificate
     from tiers.conformance.extent import Asked
 
@@ -109,15 +111,17 @@ def certify(
         raise typer.Exit(self_test_command(settings, repeats=repeats, as_json=as_json))
     # What measures needs libraries for which no other command need wait.
     from tiers.conformance.extent import Asked
+    from tiers.conformance.signature import read_private_key
 
+    key = read_private_key(sign) if sign else None  # before an hour of measuring
     chosen = choose_tiers(settings, tiers)
     asked = Asked(quick=quick, prompts=prompts, until_decided=until_decided)
     if url is not None:
         if len(chosen) != 1:
             raise ConfigError("--url is of one tier: name it, as in `assay certify Turbo --url https://host/v1`.")
-        certificates, written = _outside(settings, chosen[0], asked, pack, url, model, key_env, sign)
+        certificates, written = _outside(settings, chosen[0], asked, pack, url, model, key_env, key)
     else:
-        certificates, written = _here(settings, chosen, asked, sign)
+        certificates, written = _here(settings, chosen, asked, key)
     if as_json:
         out.print_json(json.dumps([json.loads(each.canonical) for each in certificates]))
     else:
@@ -129,7 +133,7 @@ def certify(
 
 
 def _here(
-    settings: Config, chosen: Sequence[Tier], asked: "Asked", sign: Path | None
+    settings: Config, chosen: Sequence[Tier], asked: "Asked", key: "Ed25519PrivateKey | None"
 ) -> tuple[list["Certificate"], Path]:
     """Of the tiers' own engines; and where the report is."""
     from server.certify import certify as measure_tiers
@@ -137,7 +141,7 @@ def _here(
 
     with Steps(err) as steps, alone(settings.packs, OCCUPIED, BuildError):
         measured = asyncio.run(measure_tiers(settings, chosen, asked, steps))
-        written = write(measured, chosen, settings, sign)
+        written = write(measured, chosen, settings, key)
     return [each.certificate for each in measured], written
 
 
@@ -149,7 +153,7 @@ def _outside(
     url: str,
     model: str | None,
     key_env: str | None,
-    sign: Path | None,
+    key: "Ed25519PrivateKey | None",
 ) -> tuple[list["Certificate"], Path]:
     """Of someone else's server; and where the report is."""
     from server.certify_outside import certify_outside, write
@@ -158,7 +162,7 @@ def _outside(
     api = PublicApi(read_url(url), model or tier.name, read_key(key_env) if key_env else None)
     with Steps(err) as steps:
         found = asyncio.run(certify_outside(settings, tier, api, asked, pack, steps))
-        written = write(found, tier, api, settings, sign)
+        written = write(found, tier, api, settings, key)
     return [found.measured.certificate], written
 
 

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from server.config import Config
 from server.measure import AT_ONCE, Say, by_turns
 from server.outside import PublicApi, ServerNotMeasured
@@ -29,7 +31,6 @@ from tiers.conformance.pack import PACK_NAME, Pack, PackError
 from tiers.conformance.prompts import SHORTEST_CONTEXT, Prompt, digest
 from tiers.conformance.report import Measured, render_report
 from tiers.conformance.scores import PHASES, Phase, Scores
-from tiers.conformance.signature import read_private_key
 from tiers.conformance.signature import sign as sign_certificate
 from tiers.conformance.statistics import CONFIDENCE, phase_findings
 from tiers.errors import CertificateError
@@ -125,7 +126,9 @@ async def score(api: PublicApi, pack: Pack, *, say: Say) -> dict[Phase, Scores]:
     return {"prefill": Scores.joined([*prefill]), "decode": Scores.joined([*decode])}
 
 
-def write(found: FromOutside, tier: Tier, api: PublicApi, config: Config, sign: Path | None = None) -> Path:
+def write(
+    found: FromOutside, tier: Tier, api: PublicApi, config: Config, key: Ed25519PrivateKey | None = None
+) -> Path:
     """Put the certificate, its evidence and a report beside the tiers' own; returns the report.
 
     Args:
@@ -133,25 +136,31 @@ def write(found: FromOutside, tier: Tier, api: PublicApi, config: Config, sign: 
         tier: which it is to be.
         api: the server's.
         config: says where.
-        sign: a private key, to put a signed envelope beside the certificate.
+        key: to put a signed envelope beside the certificate.
 
     Raises:
-        CertificateError: the key is none, or nothing can be written there.
+        CertificateError: nothing can be written there.
     """
-    key = read_private_key(sign) if sign else None
-    name = f"{tier.slug}-outside-{_host(api.url)}"
+    name = f"{tier.slug}-outside-{_host(api.url)}-{_digest(api)}"
     folder = config.certificates
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.parquet").write_bytes(found.evidence)
         found.measured.certificate.write(folder / f"{name}.json")
+        envelope = folder / f"{name}.dsse.json"
+        envelope.unlink(missing_ok=True)  # it says of another certificate that it is signed
         if key is not None:
-            sign_certificate(found.measured.certificate, key).write(folder / f"{name}.dsse.json")
+            sign_certificate(found.measured.certificate, key).write(envelope)
         report = folder / f"{name}.html"
         report.write_text(render_report([found.measured]), encoding="utf-8")
     except OSError as error:
         raise CertificateError(f"{folder / name} cannot be written ({error.strerror}).") from error
     return report
+
+
+def _digest(api: PublicApi) -> str:
+    """Tells the models of one host apart, and its ways."""
+    return hashlib.sha256(f"{api.url} {api.model}".encode()).hexdigest()[:8]
 
 
 def _host(url: str) -> str:
@@ -218,8 +227,8 @@ def _found(pack: Pack, scores: Mapping[Phase, Scores], budget: Budget, seconds: 
 
 
 def _limits(budget: Budget, phase: Phase) -> Budget:
-    """Without those of which the phase tells nothing: decode's perplexity is in part prefill's; see `score`."""
-    return budget if phase == "prefill" else budget.model_copy(update={"perplexity_gap": None})
+    """None for decode: what is known of it is of tokens after such as the server itself chose: easier ones."""
+    return budget if phase == "prefill" else Budget()
 
 
 def _evidence(pack: Pack, scores: Mapping[Phase, Scores], about: Mapping[str, str]) -> bytes:

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.address import Address
 from server.launch.local import LocalProcess
+from server.measured import ANSWER_TIMEOUT_S, POLL_S, Measured
 from server.upstream import IDLE_S, Upstream
-from tiers.conformance.faults import FaultName, Planting
-from tiers.conformance.pack import Answer
-from tiers.conformance.prompts import Prompt
-from tiers.conformance.sequence import Scored
-from tiers.conformance.sequence import Sequence as Walk
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
 from tiers.probe.reading import (
-    CALLERS_ROUTE,
-    FAULT_ROUTE,
     OWN,
     READING_ROUTE,
-    SCORE_ROUTE,
     SLEEP_ROUTE,
     WAKE_ROUTE,
     EngineReading,
 )
 
-POLL_S = 0.5
-ANSWER_TIMEOUT_S = 300.0
-"""For what an engine is asked about itself, and for its first request."""
 HEALTH_TIMEOUT_S = 5.0
-WAITS_FOR_CALLERS_S = 10.0
-"""How long, before each sequence, whoever measures an engine that serves lets its callers go first."""
 
 _READINGS = TypeAdapter(list[EngineReading])
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
@@ -59,7 +46,7 @@ class PrecisionRefused(AssayError):
         )
 
 
-class Engine:
+class Engine(Measured):
     """A vLLM server that answers on a loopback port to the holder of its key."""
 
     def __init__(
@@ -67,8 +54,8 @@ class Engine:
     ) -> None:
         self.name = name
         self.process = process
-        self._address_file: Path | None = None
-        self._gives_way = gives_way
+        self.gives_way = gives_way
+        self._written_down: tuple[Address, Path] | None = None
         self.upstream = Upstream(url, key)
         """The way for callers' requests; what an engine is asked about itself goes by the session."""
         self._session = aiohttp.ClientSession(
@@ -80,14 +67,23 @@ class Engine:
 
     @classmethod
     async def launch(
-        cls, name: str, command: EngineCommand, log: Path, address_file: Path | None = None
+        cls, name: str, command: EngineCommand, log: Path, checkpoint: str = "", address_file: Path | None = None
     ) -> "Engine":
-        """Start the server's processes; it does not answer yet. Where it will is written down until it ends."""
+        """Start the server's processes; it does not answer yet. Where it will is written down until it ends.
+
+        Args:
+            name: for people.
+            command: what is started.
+            log: where it writes.
+            checkpoint: the digest of the manifest that it is loaded by.
+            address_file: where it is written down how the engine is reached; nowhere by default.
+        """
         process = await LocalProcess.start(command.arguments, command.environment, log)
         engine = cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
         if address_file is not None:
-            Address(url=f"http://127.0.0.1:{command.port}", key=command.api_key).write(address_file)
-            engine._address_file = address_file
+            address = Address(url=f"http://127.0.0.1:{command.port}", key=command.api_key, checkpoint=checkpoint)
+            address.write(address_file)
+            engine._written_down = (address, address_file)
         return engine
 
     async def until_it_answers(self, say: Callable[[str], None], timeout_s: float) -> str:
@@ -127,7 +123,7 @@ class Engine:
         Raises:
             EngineNotStarted: it does not say, or not so that it can be understood.
         """
-        answer = await self._ask("GET", READING_ROUTE, "what it computes")
+        answer = await self.ask("GET", READING_ROUTE, "what it computes")
         try:
             return _READINGS.validate_json(answer)
         except ValidationError as error:
@@ -142,9 +138,9 @@ class Engine:
             EngineNotStarted: it does not answer it.
         """
         body = {"model": model, "prompt": "Hello", "max_tokens": 8, "logprobs": 1}
-        await self._ask("POST", "/v1/completions", "the warm-up request", body)
+        await self.ask("POST", "/v1/completions", "the warm-up request", body)
         choice = body | {"structured_outputs": {"choice": ["yes", "no"]}}
-        await self._ask("POST", "/v1/completions", "the warm-up request with a grammar", choice)
+        await self.ask("POST", "/v1/completions", "the warm-up request with a grammar", choice)
 
     async def one_token(self, model: str) -> int:
         """The status of the answer to the shortest of requests, however long it takes.
@@ -162,99 +158,13 @@ class Engine:
         """What vLLM has counted of its work; where two are unequal it worked between. Empty if it does not say."""
         return tuple(line for line in await self._metrics(timeout_s) if line.startswith(_WORK))
 
-    async def callers(self) -> int:
-        """How many requests it works on, or holds back, that measure nothing.
-
-        Raises:
-            EngineNotStarted: it does not tell.
-        """
-        return int(await self._ask("GET", CALLERS_ROUTE, "its callers"))
-
-    async def walk(self, sequence: Walk) -> Scored:
-        """Have it compute one sequence, and say how far its distributions are from the reference's.
-
-        Raises:
-            EngineNotStarted: it cannot, or is gone.
-        """
-        body = sequence.model_dump(mode="json")
-        await self._until_callers_are_gone()
-        return Scored.model_validate_json(await self._ask("POST", SCORE_ROUTE, "being measured", body))
-
-    async def tokens(self, model: str, text: str) -> list[int]:
-        """The tokens of a text, with what the tokenizer puts before it.
-
-        Raises:
-            EngineNotStarted: it does not tell.
-        """
-        said = json.loads(
-            await self._ask("POST", "/tokenize", "a text's tokens", {"model": model, "prompt": text})
-        )
-        return [int(token) for token in said["tokens"]]
-
-    async def text(self, model: str, tokens: Sequence[int]) -> str:
-        """What these tokens say.
-
-        Raises:
-            EngineNotStarted: it does not tell.
-        """
-        said = await self._ask("POST", "/detokenize", "its tokens' text", {"model": model, "tokens": [*tokens]})
-        return str(json.loads(said)["prompt"])
-
-    async def answer(self, model: str, prompt: Prompt, *, tokens: int, greedy: bool, seed: int) -> Answer:
-        """Its answer to one prompt, of at most so many tokens; greedy, or sampled with a seed.
-
-        Raises:
-            EngineNotStarted: it gives none.
-        """
-        body: dict[str, Any] = {
-            "model": model,
-            "messages": prompt.messages,
-            "max_tokens": tokens,
-            "temperature": 0 if greedy else 1,
-            "seed": seed,
-            "return_token_ids": True,
-        }
-        if prompt.tools:
-            body |= {"tools": prompt.tools, "tool_choice": "none"}
-        await self._until_callers_are_gone()
-        said = json.loads(await self._ask("POST", "/v1/chat/completions", f"the prompt {prompt.id}", body))
-        return Answer(
-            prompt_id=prompt.id,
-            kind=prompt.kind,
-            language=prompt.language,
-            source="greedy" if greedy else "sampled",
-            prompt=said["prompt_token_ids"],
-            answer=said["choices"][0]["token_ids"],
-        )
-
-    async def completion(self, model: str, prompt: Sequence[int], **fields: Any) -> dict[str, Any]:
-        """Its continuation of these tokens: a choice as vLLM gives it, with token ids.
-
-        Raises:
-            EngineNotStarted: it gives none.
-        """
-        ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        body = {"model": model, "prompt": [*prompt], **ids, **fields}
-        said = json.loads(await self._ask("POST", "/v1/completions", "a prompt", body))
-        choice: dict[str, Any] = said["choices"][0]
-        return choice
-
-    async def plant(self, fault: FaultName | None) -> int:
-        """Break it so and not otherwise, or mend it; in how many places, none where it has no such part.
-
-        Raises:
-            EngineNotStarted: it was not started to be broken, or this could not be done.
-        """
-        body = Planting(fault=fault).model_dump()
-        return int(await self._ask("POST", FAULT_ROUTE, f"having {fault or 'nothing'} planted", body))
-
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.
 
         Raises:
             EngineNotStarted: it cannot.
         """
-        await self._ask("POST", SLEEP_ROUTE, "being sent to sleep")
+        await self.ask("POST", SLEEP_ROUTE, "being sent to sleep")
 
     async def wake(self) -> None:
         """Take the memory again and put the weights back into it.
@@ -262,7 +172,7 @@ class Engine:
         Raises:
             EngineNotStarted: it cannot.
         """
-        await self._ask("POST", WAKE_ROUTE, "being woken")
+        await self.ask("POST", WAKE_ROUTE, "being woken")
 
     async def is_alive(self) -> bool:
         """Ask it now; one that is too busy to answer is alive."""
@@ -277,20 +187,13 @@ class Engine:
 
     async def stop(self) -> None:
         """End it; returns when nothing of it is left."""
-        if self._address_file is not None:
-            self._address_file.unlink(missing_ok=True)
+        if self._written_down is not None:
+            address, file = self._written_down
+            address.take_away(file)
         self.upstream.close()
         await self._session.close()
         if self.process is not None:
             await self.process.stop()
-
-    async def _until_callers_are_gone(self) -> None:
-        """Wait while a caller's request runs, on an engine that callers have too; or for a while of that."""
-        if self._gives_way:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WAITS_FOR_CALLERS_S):
-                    while await self.callers():
-                        await asyncio.sleep(POLL_S)
 
     async def _metrics(self, timeout_s: float) -> list[bytes]:
         """What vLLM shows of itself, by lines; none if it does not answer."""
@@ -302,8 +205,22 @@ class Engine:
         except (aiohttp.ClientError, TimeoutError):
             return []
 
-    async def _ask(self, method: str, route: str, what: str, body: Any = None) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+    async def ask(
+        self, method: str, route: str, what: str, body: Any = None, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> bytes:
+        """The answer to what the engine is asked about itself.
+
+        Args:
+            method: of HTTP.
+            route: where it answers.
+            what: is asked, for people.
+            body: as JSON.
+            timeout_s: for all of it.
+
+        Raises:
+            EngineNotStarted: it gives none, or another than 200.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         own = {"x-request-id": f"{OWN}{secrets.token_hex(8)}"}
         try:
             async with self._session.request(method, route, json=body, headers=own, timeout=timeout) as answer:

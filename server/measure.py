@@ -4,6 +4,7 @@ Knows engines and what is asked of them; knows no statistics and no verdicts.
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -21,7 +22,7 @@ from tiers.conformance.prompts import Prompt, digest
 from tiers.conformance.scores import Phase, Scores
 from tiers.conformance.sequence import Keep
 from tiers.conformance.sequence import Sequence as Walk
-from tiers.errors import AssayError
+from tiers.errors import AssayError, BuildError
 from tiers.manifest import Manifest
 
 Say = Callable[[str], None]
@@ -32,6 +33,8 @@ CONTEXT = 48
 """Tokens that are shown before one of the worst."""
 AT_ONCE = 32
 """Sequences: neighbours in the same steps, as callers are."""
+LONGEST_PASSAGE = 128
+"""Tokens of a passage of the corpus that are scored."""
 
 
 async def make_pack(
@@ -59,7 +62,7 @@ async def make_pack(
         prompts: to be answered.
         passages: of the corpus.
         folder: where the pack is to be.
-        tokens: of each answer and passage, at most.
+        tokens: of each answer, at most.
         fingerprint: of the engine.
         say: told how far it is.
         twice: whether each prompt is answered both ways, or one this way and the next that.
@@ -102,7 +105,7 @@ async def make_pack(
                 language=passage.language,
                 source="written",
                 prompt=[first],
-                answer=rest[:tokens],
+                answer=rest[:LONGEST_PASSAGE],
             )
         )
 
@@ -171,6 +174,45 @@ async def score(
     scores = Scores.joined([each for _, each in sorted(zip(numbers, measured, strict=True), key=itemgetter(0))])
     # An answer's first token comes from the prompt's prefill, in both phases.
     return scores if phase == "prefill" else scores.where(scores.position > 0)
+
+
+async def compute_in_fp32(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None, say: Say) -> None:
+    """Have Transformers make a pack of the same answers, whose distributions are those that it computes in FP32.
+
+    In a process of its own, for it needs PyTorch and as much memory as the weights in FP32.
+
+    Args:
+        pack: whose answers.
+        checkpoint: the reference checkpoint's folder.
+        folder: where the new pack is to be.
+        earlier: one that this made of the first of the answers, which are taken over.
+        say: told how far it is.
+
+    Raises:
+        BuildError: it could not.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tiers.conformance.truth",
+        *(str(pack.folder), str(checkpoint), str(folder)),
+        *(("--earlier", str(earlier.folder)) if earlier else ()),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        errors = asyncio.create_task(process.stderr.read())
+        async for line in process.stdout:
+            say(line.decode(errors="replace").strip())
+        if await process.wait():
+            last = (await errors).decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
+            raise BuildError(f"Transformers could not compute the reference's answers: {last[-1][:300]}")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def by_turns(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:

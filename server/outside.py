@@ -6,6 +6,7 @@ reference's, its next is from a decode step along the reference's answer; where 
 from behind there. The first token of each request comes from a prefill, and does not count.
 """
 
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from server.engine import ANSWER_TIMEOUT_S
 from server.measure import AT_ONCE
+from server.measured import ANSWER_TIMEOUT_S
 from tiers.conformance.pack import Answer, Pack
 from tiers.conformance.prompts import Prompt
 from tiers.conformance.sequence import TOP
@@ -38,6 +39,11 @@ _NEEDED = (
     f"Bounds take the {TOP} likeliest tokens of each position, of prompts too, as vLLM gives them by default."
 )
 
+_BUSY = (429, 502, 503, 504)
+_WAITS_S = (1.0, 4.0, 15.0, 60.0)
+"""Before each further try at a server that has no time; or as long as it says itself, up to:"""
+_LONGEST_WAIT_S = 120.0
+
 _Ln = Annotated[float, Field(allow_inf_nan=False)]
 _Form = TypeVar("_Form", bound=BaseModel)
 
@@ -48,6 +54,14 @@ class ServerNotMeasured(AssayError):
 
 class _Refused(ServerNotMeasured):
     """It says that something in the request is not to its liking."""
+
+
+class _Busy(ServerNotMeasured):
+    """It would answer later."""
+
+    def __init__(self, message: str, retry_after: str) -> None:
+        super().__init__(message)
+        self.retry_after_s = min(float(retry_after), _LONGEST_WAIT_S) if retry_after.isdecimal() else 0.0
 
 
 class _Logprob(BaseModel):
@@ -252,6 +266,14 @@ class PublicApi:
         return (await self._ask(_COMPLETIONS, "a prompt of token ids", body, _Completion)).choices[0]
 
     async def _ask(self, path: str, what: str, body: Mapping[str, Any], form: type[_Form]) -> _Form:
+        for wait_s in _WAITS_S:
+            try:
+                return await self._ask_once(path, what, body, form)
+            except _Busy as busy:
+                await asyncio.sleep(max(wait_s, busy.retry_after_s))
+        return await self._ask_once(path, what, body, form)
+
+    async def _ask_once(self, path: str, what: str, body: Mapping[str, Any], form: type[_Form]) -> _Form:
         try:
             # Not where it says that it moved to: a key goes to nobody else.
             async with self._session.post(
@@ -269,6 +291,11 @@ class PublicApi:
             raise ServerNotMeasured(f"{self.url} refuses {which} ({answer.status}).")
         if answer.status != 200:
             why = self._shown(text.decode(errors="replace"))
+            if answer.status in _BUSY:
+                raise _Busy(
+                    f"{self.url} has no time for {what} as {self.model} ({answer.status}: {why}).",
+                    answer.headers.get("retry-after", ""),
+                )
             refused = _Refused if answer.status in (400, 422) else ServerNotMeasured
             hint = " --url ends where /chat/completions begins, mostly with /v1." if answer.status == 404 else ""
             raise refused(f"{self.url} fails at {what} as {self.model} ({answer.status}: {why}).{hint}")

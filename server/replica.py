@@ -126,7 +126,9 @@ class Replica:
         port, key = free_port(), secrets.token_urlsafe(32)
         command = engine_command(self.tier, self._backend, port, key, takes_faults=self._takes_faults)
         self._failed.clear()
-        self._engine = await Engine.launch(self.name, command, self.log_file, self._address_file)
+        self._engine = await Engine.launch(
+            self.name, command, self.log_file, self.manifest.digest, self._address_file
+        )
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
         say("reading its precision back")
         await self._read_back(self._engine)

@@ -16,7 +16,7 @@ from server.replica import Replica
 from server.serve import running_engines
 from tiers.catalog import ModelShape
 from tiers.errors import ConfigError
-from tiers.manifest import Manifest
+from tiers.manifest import SHORT_DIGEST, Manifest
 from tiers.tier import Tier, TierKind
 from tiers.verification import VerifiedPrecision, verify_precision
 
@@ -68,31 +68,33 @@ async def engines_to_measure(config: Config, wanted: Sequence[Tier], steps: Step
     found = {tier.name: await _reached(tier, Address.read(config.address_of(tier))) for tier in config.tiers}
     served = {name: engine for name, engine in found.items() if engine}
     if not served:
+        _refuse_sleepers(config)
         async with running_engines(config, steps) as fleet:
-            yield [Running.of(pool.replicas[0]) for pool in fleet.pools]
+            yield [_started(pool.replicas[0]) for pool in fleet.pools]
         return
     try:
         with steps.step(f"The engines of the server that runs from {config.home}"):
             if missing := [name for name in found if name not in served]:
                 raise ConfigError(
-                    f"A server runs from {config.home}, and its engine of {missing[0]} does not answer: wait "
-                    "until it is ready, or stop the server to have engines started for this."
+                    f"A server runs from {config.home}, and no engine of {missing[0]} answers there: if it serves "
+                    "that tier wait until it is ready, else stop the server to have engines started for this."
                 )
-            running = [await _read_back(tier, served[tier.name]) for tier in config.tiers]
+            _refuse_sleepers(config)
+            running = [await _read_back(tier, *served[tier.name]) for tier in config.tiers]
         yield running
     finally:
-        for engine in served.values():
+        for engine, _ in served.values():
             await engine.stop()
 
 
 def only(config: Config, wanted: Sequence[Tier]) -> Config:
-    """With the wanted tiers and their references, and one engine each."""
+    """With the wanted tiers and their references, and one engine each, as each of them is."""
     models = []
     for model in config.models:
         kinds = {tier.kind for tier in wanted if tier.model == model.name}
         if kinds:
             tiers = {
-                kind: model.tiers.get(kind, TierConfig()).model_copy(update={"replicas": 1})
+                kind: _alone(model.tiers.get(kind, TierConfig()))
                 for kind in TierKind
                 if kind in kinds or kind is TierKind.REFERENCE
             }
@@ -100,7 +102,26 @@ def only(config: Config, wanted: Sequence[Tier]) -> Config:
     return config.model_copy(update={"models": tuple(models)})
 
 
-async def _reached(tier: Tier, address: Address | None) -> Engine | None:
+def _alone(tier: TierConfig) -> TierConfig:
+    """One of its replicas: with all of the GPUs it would be spread over them, and nobody is served by that."""
+    return tier.model_copy(update={"replicas": 1, "gpus": tier.gpus[: len(tier.gpus) // tier.replicas]})
+
+
+def _refuse_sleepers(config: Config) -> None:
+    if sleepers := [tier.name for tier in config.tiers if tier.resources.idle == "sleep"]:
+        raise ConfigError(
+            f"{sleepers[0]} is to sleep when it is idle, and would be sent to sleep while it is measured: certify "
+            "with a config without `idle: sleep`, whose tiers have GPUs of their own, and no server running."
+        )
+
+
+def _started(replica: Replica) -> Running:
+    if replica.verified is not None and not replica.verified.agrees:
+        raise PrecisionRefused(replica.name, replica.verified.disagreements)
+    return Running.of(replica)
+
+
+async def _reached(tier: Tier, address: Address | None) -> tuple[Engine, Address] | None:
     """The engine at that address; None if nobody is there: a server that was killed leaves its notes behind."""
     if address is None:
         return None
@@ -108,17 +129,16 @@ async def _reached(tier: Tier, address: Address | None) -> Engine | None:
     if await engine.version() is None:
         await engine.stop()
         return None
-    if tier.resources.idle == "sleep":
-        await engine.stop()
-        raise ConfigError(
-            f"{tier.name} is to sleep when it is idle, and a server runs that would send it to sleep while it is "
-            "measured: stop that server first."
-        )
-    return engine
+    return engine, address
 
 
-async def _read_back(tier: Tier, engine: Engine) -> Running:
+async def _read_back(tier: Tier, engine: Engine, address: Address) -> Running:
     manifest, shape = Manifest.read(tier.checkpoint), ModelShape.read(tier.checkpoint)
+    if manifest.digest != address.checkpoint:
+        raise ConfigError(
+            f"The server that runs has loaded {tier.name} from checkpoint {address.checkpoint[:SHORT_DIGEST]}, "
+            f"and in {tier.checkpoint} is {manifest.short_digest}: use the server's config, or start it anew."
+        )
     verified = verify_precision(manifest.precision, await engine.readings(), shape)
     if not verified.agrees:
         raise PrecisionRefused(tier.name, verified.disagreements)

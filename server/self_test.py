@@ -177,7 +177,8 @@ class _Tested:
             try:
                 # First, to know whether it can be there at all.
                 if not await self._engine.plant(fault.name):
-                    return self._trial(fault.name, fault.planted, "not applicable", None, began)
+                    outcome: Outcome = "not applicable" if fault.may_lack else "MISSED"
+                    return self._trial(fault.name, fault.planted, outcome, None, began)
                 await self._engine.plant(None)
                 await self._before(is_long)
                 began = time.monotonic()

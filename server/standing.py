@@ -1,5 +1,6 @@
 """How a tier stands: what its certificate says of the engines that run it now. Knows no requests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -8,12 +9,15 @@ from server.certificates import Certificates, Followed
 from server.pool import Pool
 from server.replica import Replica
 from server.state import State
+from tiers.conformance.budget import Budget
 from tiers.conformance.certificate import Binding, Certificate, is_void
+from tiers.conformance.extent import QUICK
 from tiers.conformance.findings import Judgement, Verdict
 from tiers.conformance.pack import Origin
 from tiers.conformance.scores import Phase
 from tiers.errors import AssayError
 from tiers.hardware import device_class
+from tiers.tier import Tier
 from tiers.verification import VerifiedPrecision
 
 Outcome = Literal["pass", "fail", "none"]
@@ -64,33 +68,36 @@ class Standing:
 class Standings:
     """Of every tier. Made anew when a tier's certificate changes, or what was read back from its engines."""
 
-    def __init__(self, certificates: Certificates) -> None:
+    def __init__(self, certificates: Certificates, budget_of: Callable[[Tier], Budget]) -> None:
         self._certificates = certificates
+        self._budget_of = budget_of
         self._watched: dict[Pool, _Watched] = {}
 
     def of(self, pool: Pool) -> Standing:
         """How the tier stands now. Asked at every request: where nothing has changed it compares, no more."""
         watched = self._watched.get(pool)
         if watched is None:
-            watched = self._watched[pool] = _Watched(pool, self._certificates.follow(pool.tier))
+            file, budget = self._certificates.follow(pool.tier), self._budget_of(pool.tier)
+            watched = self._watched[pool] = _Watched(pool, file, budget)
         return watched.standing
 
 
 class _Watched:
     """One tier, and how it stood when it was last asked."""
 
-    def __init__(self, pool: Pool, file: Followed) -> None:
+    def __init__(self, pool: Pool, file: Followed, budget: Budget) -> None:
         self._pool = pool
         self._file = file
+        self._budget = budget
         self._seen: _Seen = ()
-        self._standing = _standing(None, pool)
+        self._standing = _standing(None, pool, budget)
 
     @property
     def standing(self) -> Standing:
         certificate, seen = self._file.certificate, _seen(self._pool)
         if certificate is not self._standing.certificate or seen != self._seen:
             self._seen = seen
-            self._standing = _standing(certificate, self._pool)
+            self._standing = _standing(certificate, self._pool, self._budget)
         return self._standing
 
 
@@ -98,12 +105,15 @@ def _seen(pool: Pool) -> _Seen:
     return tuple([(each.engine_version, each.verified, each.state is State.REFUSED) for each in pool.replicas])
 
 
-def _standing(certificate: Certificate | None, pool: Pool) -> Standing:
+def _standing(certificate: Certificate | None, pool: Pool, budget: Budget) -> Standing:
     if certificate is None:
         return Standing("none", ("There is no certificate.",))
-    if reasons := _why_void(certificate, pool):
+    if reasons := _why_void(certificate, pool, budget):
         return Standing("none", reasons, certificate)
-    findings = certificate.predicate.findings
+    findings, prompts = certificate.predicate.findings, certificate.predicate.pack.prompts
+    if findings.verdict is Verdict.PASS and prompts < QUICK:
+        few = f"It passed by {prompts} prompts, and fewer than {QUICK} do not have every kind and language."
+        return Standing("none", (few,), certificate)
     if findings.verdict is Verdict.PASS:
         return Standing("pass", (), certificate, holds=True)
     decisive = tuple(_said(each) for each in findings.judgements if each.verdict is findings.verdict)
@@ -113,7 +123,7 @@ def _standing(certificate: Certificate | None, pool: Pool) -> Standing:
     return Standing("none", (undecided, *decisive), certificate, holds=True)
 
 
-def _why_void(certificate: Certificate, pool: Pool) -> tuple[str, ...]:
+def _why_void(certificate: Certificate, pool: Pool, budget: Budget) -> tuple[str, ...]:
     """Why it says nothing of one engine or another; every one that answers has to be as the one measured was."""
     # An engine that was refused has ended. It counts where all were, for what it says is why.
     engines = [each for each in pool.replicas if each.verified and each.state is not State.REFUSED]
@@ -121,13 +131,13 @@ def _why_void(certificate: Certificate, pool: Pool) -> tuple[str, ...]:
     if not engines:
         return ("Nothing was read back from an engine yet.",)
     try:
-        sentences = [each for engine in engines for each in is_void(certificate, _binding(engine))]
+        sentences = [each for engine in engines for each in is_void(certificate, _binding(engine, budget))]
     except AssayError as error:
         return (str(error),)
     return tuple(dict.fromkeys(sentences))
 
 
-def _binding(engine: Replica) -> Binding:
+def _binding(engine: Replica, budget: Budget) -> Binding:
     assert engine.verified is not None
     return Binding(
         checkpoint=engine.manifest.digest,
@@ -135,6 +145,7 @@ def _binding(engine: Replica) -> Binding:
         verified=engine.verified,
         device_class=device_class(engine.verified.device),
         chat_template=Origin.of(engine.manifest).template,
+        budget=budget.limits,
     )
 
 

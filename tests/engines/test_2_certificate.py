@@ -81,7 +81,7 @@ def test_the_report_says_both_verdicts_first(certified: Certified) -> None:
 
 
 def test_the_gateway_shows_how_each_tier_stands(assay: Server, certified: Certified) -> None:
-    for tier, verdict in (("Reference", "pass"), ("Turbo", "pass"), ("Lite", "fail")):
+    for tier, verdict in (("Reference", "none"), ("Turbo", "none"), ("Lite", "fail")):
         answer: Any = assay.client().completions.with_raw_response.create(
             model=f"{MODEL}-{tier}", prompt="Hello", max_tokens=1
         )

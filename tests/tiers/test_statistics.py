@@ -190,7 +190,7 @@ def test_a_rejection_never_seen_is_not_ruled_out() -> None:
 
     found = measure(scores(np.arange(60) % 6))
     assert (found.rejection.value, found.rejection.low) == (0, 0)
-    exact = scipy.stats.binomtest(0, 60).proportion_ci(0.95, method="exact")
+    exact = scipy.stats.binomtest(0, 6).proportion_ci(0.95, method="exact")  # of prompts, not of their tokens
     assert found.rejection.high == pytest.approx(exact.high)
     assert found.kl.high == 0, "a divergence of 0 everywhere is known, not counted"
 

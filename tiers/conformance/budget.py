@@ -39,6 +39,11 @@ class Budget(BaseModel):
         description="By how much the tier's perplexity on the fixed corpus may exceed the reference's.",
     )
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that there are, by metric."""
+        return self.model_dump(exclude_none=True)
+
 
 PUBLISHED: Mapping[TierKind, Budget] = {
     # Against Transformers, which computes the same numbers in another order.

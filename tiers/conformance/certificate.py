@@ -231,6 +231,8 @@ class Binding(_Plain):
     verified: VerifiedPrecision
     device_class: str
     chat_template: Digest = _SHA256
+    budget: dict[str, float]
+    """What the tier is held to."""
 
 
 def is_void(certificate: Certificate, now: Binding) -> list[str]:
@@ -260,6 +262,8 @@ def is_void(certificate: Certificate, now: Binding) -> list[str]:
         reasons.append(f"The hardware is {now.device_class}, and {then.hardware.device_class} was measured.")
     if then.chat_template != now.chat_template:
         reasons.append("The chat template is another than was measured.")
+    if any(budget != now.budget for budget in then.budget.values()):
+        reasons.append("It was judged by another budget than the config has now.")
     return reasons
 
 

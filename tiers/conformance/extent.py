@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 from tiers.conformance import corpus
 from tiers.conformance.corpus import Passage, load_corpus
 from tiers.conformance.findings import FEWEST_PROMPTS
-from tiers.conformance.prompts import Prompt, digest, load_prompts
+from tiers.conformance.prompts import SHORTEST_CONTEXT, Prompt, digest, load_prompts
 from tiers.errors import PromptsError
 
 QUICK = 24
@@ -41,7 +41,7 @@ class Extent:
     passages: tuple[Passage, ...]
     """Likewise."""
     tokens: int
-    """Of each answer and passage, at most."""
+    """Of each answer, at most."""
     twice: bool
     """Whether each prompt is answered both greedily and sampled, or one this way and the next that."""
     stages: tuple[int, ...]
@@ -52,8 +52,14 @@ class Extent:
         """What is to be measured of a model with that context.
 
         Raises:
-            PromptsError: more prompts are asked for than there are, or fewer than intervals need.
+            PromptsError: more prompts are asked for than there are, or fewer than intervals need, or the context
+                has no room for the longest.
         """
+        if context_length < SHORTEST_CONTEXT:
+            raise PromptsError(
+                f"A context of {context_length} tokens has no room for the longest prompts; measuring takes "
+                f"{SHORTEST_CONTEXT} or more (context_length)."
+            )
         # Near the context's end there would be no room for answers; what is short is by itself long enough.
         prompts = load_prompts(context_length=_LONG if context_length > _LONG + _LONG // 4 else None)
         ordered = _in_turn(prompts)

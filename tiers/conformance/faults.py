@@ -41,16 +41,18 @@ class Fault:
     check: Check = "divergence"
     is_planted: bool = True
     """Whether something in the engine has to be broken for it."""
+    may_lack: str = ""
+    """What a model may be without, which then cannot be broken; any other fault can be in every Turbo."""
 
 
 FAULTS = (
     Fault("template", "chats are written in Llama 2's template", "rendering"),
-    Fault("lite-as-turbo", "the Lite engine answers as Turbo", is_planted=False),
+    Fault("lite-as-turbo", "the Lite engine answers as Turbo", is_planted=False, may_lack="a Lite"),
     Fault("layer-dropped", "the middle block passes on what it gets"),
     Fault("scales-swapped", "the middle block's down_proj has the next one's scales"),
     # All positions shifted alike is no fault: rotary embeddings know distances only.
     Fault("positions-shifted", "generated tokens stand one place too far, those of the prompt do not"),
-    Fault("rope-unscaled", "rotary embeddings without Llama 3.1's scaling"),
+    Fault("rope-unscaled", "rotary embeddings without Llama 3.1's scaling", may_lack="scaled rotary embeddings"),
     Fault("kv-scale", f"generated tokens read keys and values times {KV_SCALE} from the cache"),
     Fault("rounded-twice", "FP8 weights rounded again, to scales that are powers of two"),
     Fault("logits-scaled", f"logits times {LOGITS_SCALE}"),

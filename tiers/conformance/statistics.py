@@ -100,9 +100,9 @@ def measure(scores: Scores, confidence: float = CONFIDENCE, resamples: int = RES
         Estimate(value=v, low=a, high=b) for v, a, b in zip(_figures(sums.sum(axis=0)), low, high, strict=True)
     )
     if rejection.value == 0 and np.isfinite(rejection.high):
-        # None seen is not none: resampled, 0 is always 0. Tokens that depend on each other tell less than
-        # independent ones, whose share may be as high as this (Clopper and Pearson, 1934).
-        rejection = rejection.model_copy(update={"high": 1 - miss ** (1 / len(scores))})
+        # None seen is not none: resampled, 0 is always 0. As the tokens of a prompt depend on each other, each
+        # prompt counts as one: of so many the share may be as high as this (Clopper and Pearson, 1934).
+        rejection = rejection.model_copy(update={"high": 1 - miss ** (1 / len(prompts))})
     tails = np.quantile(scores.kl, [0.5, 0.9, 0.99, 0.999, 1])
     return Metrics(
         prompts=len(prompts),

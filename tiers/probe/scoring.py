@@ -50,6 +50,8 @@ class Job:
     """The reference's final hidden states, [A, H]."""
     head: Tensor | None = None
     """The reference's, [V, H]."""
+    computed: int = 0
+    """Tokens of prompt and answer that the engine has been through."""
     scored: int = 0
     """Tokens of the answer that are done."""
     compared: list[Tensor] | None = None
@@ -178,6 +180,8 @@ class Scorer:
             del self._runner.execute_model
             del self._runner.sampler.sample
             self._of, self._rows, self._heads = {}, [], {}
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what scoring took beside vLLM's own share
 
     @torch.inference_mode()
     def score(self, token: str, most: int) -> dict[str, Any]:
@@ -254,16 +258,18 @@ class Scorer:
 
         def forcing(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
             due = [(row, at, job) for row, at, job in self._rows if job.decodes and 0 <= at < len(job.answer)]
-            # Before vLLM's own, which works in place.
-            kept = {row: logits[row].clone() for row, _, _ in due}
+            self._guard(self._keep_logits, due, logits)  # before vLLM's own, which works in place
             sampled = sample(logits, *args, **kwargs)
             for row, at, job in due:
                 sampled[0][row] = job.answer[at].to(sampled[0].dtype)
-                job.logits.setdefault(at, kept[row])
             return sampled
 
         self._runner.execute_model = noting
         self._runner.sampler.sample = forcing
+
+    def _keep_logits(self, due: list[tuple[int, int, Job]], logits: Tensor) -> None:
+        for row, at, job in due:
+            job.logits.setdefault(at, logits[row].clone())
 
     def _guard(self, work: Any, *args: Any) -> None:
         """An exception here would end the engine, and all its callers' requests with it."""
@@ -293,14 +299,13 @@ class Scorer:
                 self._note_rows(found, row, computed[name], count, batch)
 
     def _note_rows(self, job: Job, row: int, computed: int, count: int, batch: _Batch) -> None:
+        if computed < job.computed:
+            job.problem = Interrupted("the engine had no room for the whole sequence and began it anew")
+        job.computed = computed + count
         first = computed - (job.prompt - 1)
         begin = int(batch.first_rows[row])
         job.keep_hidden(first, batch.hidden[begin : begin + count])
-        last = first + count - 1
-        if job.decodes and count > 1 and last > 0:
-            # Interrupted for want of memory, its answer was computed again as a prompt is.
-            job.problem = Interrupted("the engine had no room for the whole sequence and began it anew")
-        self._rows.append((row, last, job))
+        self._rows.append((row, first + count - 1, job))
 
 
 def _tensor(path: str, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from tiers.conformance.sequence import Scored, Sequence
 from tiers.probe.reading import OWN
 from tiers.probe.scoring import MARK
 
-AT_ONCE = 64
+AT_ONCE = 32
 """Tokens reduced in one call, during which no step of the engine runs; for fewer the head is read in vain."""
 TRIES = 5
 """Of a sequence for which the engine has no room while others run."""
