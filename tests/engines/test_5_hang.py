@@ -1,6 +1,6 @@
 """Two replicas of one tier. One that hangs is noticed and replaced, and one that is only busy is left alone.
 
-These tests start a server of their own, after that of the others.
+These tests start a server of their own and wait for engines to come back: `make test-slow`.
 """
 
 import signal
@@ -23,6 +23,7 @@ import pytest
 from server.launch.local import free_port
 from tests.engines.conftest import MODEL, ROOT, Server, wait_until
 
+pytestmark = pytest.mark.slow
 ASSAY = str(Path(sys.executable).with_name("assay"))
 PROBE_EVERY_S, PROBE_TIMEOUT_S = 2, 5
 AT_ONCE = 2
@@ -136,7 +137,6 @@ def test_every_step_of_a_long_prompt_counts(pair: Server) -> None:
     assert max(map(len, cache.values())) > 5, "it fills step by step, until the whole prompt is counted as done"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_an_engine_whose_places_are_all_taken_is_not_taken_for_one_that_hangs(pair: Server) -> None:
     """Its probe waits longer than it may, and nothing else is heard: the answers come whole, at their end."""

@@ -95,7 +95,8 @@ def _as_if_by_enough_prompts(file: Path) -> Certificate:
 
 def _certificate(server: Server) -> str:
     tiers = server.get("/v1/tiers")["data"]
-    return str(next(tier["certificate"]["verdict"] for tier in tiers if tier["tier"] == "Reference"))
+    summary = next(tier["certificate"] for tier in tiers if tier["tier"] == "Reference")
+    return str(summary["verdict"]) if summary else "none"
 
 
 @pytest.mark.timeout(300)
