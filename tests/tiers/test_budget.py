@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from tests.tiers.test_statistics import random_scores
 from tiers.conformance.budget import PUBLISHED, Budget, judge, overall
+from tiers.conformance.corpus import load_corpus
 from tiers.conformance.findings import (
     FEWEST_PROMPTS,
     Estimate,
@@ -173,6 +174,17 @@ def test_twice_the_precision_takes_four_times_the_prompts() -> None:
     assert judged(2, 1.9, 4, budget=3).further_prompts == 301
     assert judged(4, 2, 9, budget=3).further_prompts == 301
     assert judged(2, 1, 3, budget=3).further_prompts == 1, "an end on the budget itself is just short"
+
+
+def test_of_perplexity_no_more_is_known_than_the_corpus_tells() -> None:
+    def further(passages: int) -> int | None:
+        gap = Estimate(value=2, low=1, high=4)
+        (only,) = judge(phase_of(metrics(passages, perplexity_gap=gap)), "decode", Budget(perplexity_gap=3))
+        return only.further_prompts
+
+    assert further(10) == 31
+    assert len(load_corpus()) < 4 * 24
+    assert further(24) is None
 
 
 def test_what_no_number_of_prompts_settles_has_none() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tiers.conformance.corpus import load_corpus
 from tiers.conformance.findings import (
     FEWEST_PROMPTS,
     LOWER_BOUNDS,
@@ -93,6 +94,8 @@ def _judge(metric: str, metrics: Metrics, phase: Phase, budget: float, *, is_bou
         else:
             why_open = "too close" if estimate.is_bounded else "too few prompts"
             further = _further_prompts(estimate, metrics.prompts, budget)
+            if metric == "perplexity_gap" and further and metrics.prompts + further > len(load_corpus()):
+                further = None  # a passage comes with each prompt, as far as there are any
     return Judgement(
         metric=metric,
         phase=phase,
