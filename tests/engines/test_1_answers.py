@@ -4,6 +4,7 @@ import json
 import subprocess
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -213,3 +214,24 @@ def test_a_pinned_precision_is_kept_or_refused(assay: Server, tier: str, precisi
         assert refusal.value.code == "precision_not_available"
         assert refusal.value.param == "precision"
         assert f"{MODEL}-" in refusal.value.message
+
+
+def test_seeded_prompts_that_are_read_in_pieces_end_no_engine(assay: Server) -> None:
+    """Together they are longer than one step: vLLM's CPU build ended over the draw after a piece."""
+
+    def ask(number: int) -> int:
+        answer = assay.client().completions.create(
+            model=f"{MODEL}-Reference",
+            prompt=f"{number} " + "one two three " * 450,
+            max_tokens=2,
+            temperature=1,
+            seed=5,
+        )
+        assert answer.usage is not None
+        return answer.usage.prompt_tokens
+
+    process = assay.engine("Reference")[0]
+    with ThreadPoolExecutor(8) as pool:
+        lengths = list(pool.map(ask, range(8)))
+    assert sum(lengths) > 2 * 2048
+    assert assay.engine("Reference")[0] == process, "it is the engine of before"

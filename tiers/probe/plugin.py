@@ -5,11 +5,13 @@ from vllm.platforms.interface import PlatformEnum
 
 from tiers.probe.fp8_cpu import CPUFP8ScaledMMLinearKernel
 from tiers.probe.log import keep_log_clean
+from tiers.probe.seeds import keep_seeds
 from tiers.probe.waiting import wait_with_naps
 
 
 def register() -> None:
-    """Keep callers' words out of the log and cores for computing, and offer vLLM our kernels."""
+    """Mend what would end an engine or show callers' words, and offer vLLM our kernels."""
     keep_log_clean()
+    keep_seeds()
     wait_with_naps()
     register_linear_kernel(CPUFP8ScaledMMLinearKernel, PlatformEnum.CPU, "fp8")
