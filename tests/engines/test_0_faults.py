@@ -16,6 +16,8 @@ from tiers.probe.reading import FAULT_ROUTE, MAY_PLANT, READING_ROUTE
 from tiers.probe.routes import ProbeRoutes
 from tiers.probe.worker import ProbeWorker
 
+pytestmark = pytest.mark.timeout(1200)  # one of them is the first to need the engines, and all checkpoints
+
 LAYERS = 4
 
 
