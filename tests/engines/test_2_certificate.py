@@ -82,7 +82,8 @@ def test_the_gateway_shows_how_each_tier_stands(assay: Server, certified: Certif
             model=f"{MODEL}-{tier}", prompt="Hello", max_tokens=1
         )
         assert answer.headers["x-assay-certificate"] == verdict, tier
-        assert assay.get(f"/v1/tiers/{MODEL}-{tier}")["certificate"]["verdict"] == verdict
+        summary = assay.get(f"/v1/tiers/{MODEL}-{tier}")["certificate"]
+        assert (summary["verdict"] if summary else "none") == verdict
         assert assay.metric("assay_tier_certified", tier) == (verdict == "pass")
     shown = assay.get(f"/v1/tiers/{MODEL}-Lite/certificate")
     assert shown == json.loads(certificate(certified, "Lite").canonical)
