@@ -86,7 +86,12 @@ def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
     every = [pool.tier for pool in fleet.pools]
     served = [pool.tier for pool in fleet.pools if pool.can_answer] or every  # all may have died just now
     first_model = [tier for tier in served if tier.model == served[0].model]
-    body = {"model": first_model[-1].name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = {
+        "model": first_model[-1].name,
+        "messages": question,
+        "max_tokens": 40,
+    }  # on a CPU a whole one may take minutes
     if with_keys:
         who = "Callers need a key: `assay keys add NAME` makes one. The command below has it in ASSAY_API_KEY."
     else:
