@@ -9,6 +9,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tiers.errors import ConfigError
+
 
 class Address(BaseModel):
     """One engine's."""
@@ -35,8 +37,17 @@ class Address(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Self | None:
-        """None where no engine is written down."""
+        """None where no engine is written down.
+
+        Raises:
+            ConfigError: one is, for another user.
+        """
         try:
             return cls.model_validate_json(file.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+        except OSError as error:
+            raise ConfigError(
+                f"{file}, which says how the engine of a server is reached, cannot be read ({error.strerror}): "
+                "certify as the user that serves, or from another home."
+            ) from error

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.address import Address
 from server.launch.local import LocalProcess
-from server.measured import ANSWER_TIMEOUT_S, POLL_S, Measured
+from server.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
 from server.upstream import IDLE_S, Upstream
 from tiers.engine import EngineCommand
 from tiers.errors import AssayError
@@ -46,7 +46,7 @@ class PrecisionRefused(AssayError):
         )
 
 
-class Engine(Measured):
+class Engine(Measurable):
     """A vLLM server that answers on a loopback port to the holder of its key."""
 
     def __init__(

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
+from server.measurable import ANSWER_TIMEOUT_S
 from server.measure import AT_ONCE
-from server.measured import ANSWER_TIMEOUT_S
 from tiers.conformance.pack import Answer, Pack
 from tiers.conformance.prompts import Prompt
 from tiers.conformance.sequence import TOP

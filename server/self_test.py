@@ -40,7 +40,7 @@ AT_ONCE = 8
 _NEIGHBOURS = (AT_ONCE, 2 * AT_ONCE, AT_ONCE // 2)
 """Sequences at once when the unbroken engine is measured again: callers have other neighbours each time, too."""
 
-Measured = dict[Phase, Scores]
+ByPhase = dict[Phase, Scores]
 Outcome = Literal["caught", "MISSED", "sound", "FALSE ALARM", "not applicable"]
 GOOD: tuple[Outcome, ...] = ("caught", "sound", "not applicable")
 
@@ -106,7 +106,7 @@ class _Tested:
         self._engine, self._name = self._turbo.replicas[0].engine, self._turbo.tier.name
         self._folder, self._steps = folder, steps
         self._packs: dict[bool, Pack] = {}
-        self._unbroken: dict[bool, Measured] = {}
+        self._unbroken: dict[bool, ByPhase] = {}
         self._prompts: dict[str, Prompt] = {}
 
     async def run(self, repeats: int, faults: Sequence[Fault]) -> list[Trial]:
@@ -140,7 +140,7 @@ class _Tested:
                 )
         return self._packs[is_long]
 
-    async def _walk(self, kind: TierKind, is_long: bool, name: str, at_once: int = AT_ONCE) -> Measured:
+    async def _walk(self, kind: TierKind, is_long: bool, name: str, at_once: int = AT_ONCE) -> ByPhase:
         pack, engine = await self._pack(is_long), self._pools[kind].replicas[0].engine
         with self._steps.step(f"Walking {name}") as step:
             return {
@@ -150,7 +150,7 @@ class _Tested:
                 for phase in PHASES
             }
 
-    async def _before(self, is_long: bool) -> Measured:
+    async def _before(self, is_long: bool) -> ByPhase:
         """The unbroken engine's, which all else is held against."""
         if is_long not in self._unbroken:
             name = f"{self._name}, unbroken{', long' if is_long else ''}"

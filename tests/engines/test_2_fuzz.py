@@ -76,8 +76,9 @@ def as_documented(assay: Server, mode: GenerationMode) -> None:
                 case.body["model"] = MODEL
             longest = LONGEST.get(case.operation.path)
             for name, most in ((longest, 4), ("n", 2)):
-                if name and isinstance(value := case.body.get(name, most), int):
-                    case.body[name] = min(value, most)
+                value = case.body.get(name, most) if name else None
+                if name and (value is None or isinstance(value, int)):
+                    case.body[name] = most if value is None else min(value, most)
         if case.path_parameters and mode is GenerationMode.POSITIVE:
             case.path_parameters["model"] = MODEL
         case.validate_response(case.call(timeout=HANG_S), checks=CHECKS)

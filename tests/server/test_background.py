@@ -19,6 +19,7 @@ from tests.server.conftest import FakeEngineReplica, Gateway
 from tests.server.test_certificates import MODEL, findings, runs, save
 from tests.tiers.samples import BUDGET
 from tiers.conformance.budget import Budget
+from tiers.errors import ConfigError
 from tiers.tier import TierKind
 
 
@@ -151,3 +152,7 @@ def test_how_an_engine_is_reached_is_its_owners_alone_to_read(tmp_path: Path) ->
     assert Address.read(file) == Address(url="http://127.0.0.1:1", key="secret", checkpoint="c" * 64)
     file.write_text("{")
     assert Address.read(file) is None
+    file.unlink()
+    file.mkdir()  # whoever may do anything reads every file: another that cannot be read
+    with pytest.raises(ConfigError, match="as the user that serves"):
+        Address.read(file)

@@ -19,7 +19,7 @@ from tests.tiers.test_verification import reading
 from tiers.catalog import ModelShape
 from tiers.conformance import statistics
 from tiers.conformance.budget import Budget
-from tiers.conformance.extent import Asked
+from tiers.conformance.extent import Asked, Extent
 from tiers.conformance.findings import Verdict
 from tiers.conformance.pack import Answer, Origin, Pack, PackError
 from tiers.conformance.prompts import Prompt
@@ -63,11 +63,16 @@ class Lab:
         self.walks: list[tuple[TierKind, str, int]] = []
         self.restarts = 0
         self.last: tuple[Answer, ...] = ()
+        self.fingerprint = ""
+        self.long: set[str] = set()
+        self.cached: list[set[str]] = []
 
     def running(self, tier: Tier, *, may_restart: bool) -> Any:
         verified = verify_precision(
             tier.recipe.precision_for(SMOL), [reading(tier.recipe.precision_for(SMOL))], SMOL
         )
+        if tier.kind is TierKind.REFERENCE:
+            self.fingerprint = verified.fingerprint
 
         async def restarted() -> Any:
             self.restarts += 1
@@ -88,6 +93,10 @@ class Lab:
     ) -> FakePack:
         self.packs.append(len(prompts))
         pack = FakePack(folder, prompts, passages)
+        pack.answers = tuple(
+            each.model_copy(update={"prompt": [1] * 200}) if each.prompt_id in self.long else each
+            for each in pack.answers
+        )
         if rest["earlier"]:
             old, new = rest["earlier"].answers, pack.answers
             pack.answers = (*old, *(each for each in new if each not in old))
@@ -95,6 +104,8 @@ class Lab:
 
     async def score(self, engine: TierKind, pack: FakePack, checkpoint: Path, phase: Any, **rest: Any) -> Scores:
         numbers = sorted(rest["only"])
+        if rest["cached"]:
+            self.cached.append({pack.answers[number].prompt_id for number in numbers})
         self.walks.append((engine, phase, len(numbers)))
         prompt = np.repeat(numbers, TOKENS)
         rng = np.random.default_rng(len(self.walks))
@@ -162,6 +173,38 @@ async def measured(config: Config, asked: Asked, *kinds: TierKind) -> list[Measu
 
 
 KL = {TierKind.REFERENCE: 0.0005, TierKind.TURBO: 0.03, TierKind.LITE: 0.2}
+
+
+@pytest.mark.parametrize(
+    ("engine", "has_hidden", "is_taken"),
+    [("the same", True, True), ("another", True, False), ("the same", False, False)],
+)
+async def test_a_pack_from_before_is_taken_if_it_is_of_this_engine_and_whole(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, engine: str, has_hidden: bool, is_taken: bool
+) -> None:
+    made, config = lab(KL)
+    extent = Extent.of(Asked(quick=True), 8192)
+
+    def read(folder: Path) -> FakePack:
+        pack = FakePack(folder, extent.prompts, extent.passages)
+        pack.has_hidden = has_hidden
+        pack.engine = made.fingerprint if engine == "the same" else engine
+        return pack
+
+    monkeypatch.setattr(Pack, "read", read)
+    await measured(config, Asked(quick=True), TierKind.TURBO)
+    assert made.packs == ([] if is_taken else [24])
+
+
+async def test_the_prefix_cache_is_tried_with_the_longest_prompts(lab: Any) -> None:
+    made, config = lab(KL)
+    made.long = {"long_context-en-01", "multi_turn-en-01"}
+    await measured(config, Asked(quick=True), TierKind.TURBO)
+    cached = [ids for ids in made.cached if ids]
+    assert cached, "it was tried"
+    for ids in cached:
+        assert made.long <= ids
+        assert not any(each.startswith("corpus-") for each in ids), "a passage has no prompt to be cached"
 
 
 async def test_a_tier_is_walked_once_in_each_phase_and_the_noise_floor_costs_one_walk(lab: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server import measured as measured_module
+from server import measurable as measurable_module
 from server import running as module
 from server.address import Address
 from server.config import Config, ModelConfig, TierConfig
@@ -165,7 +165,7 @@ async def test_one_that_computes_something_else_is_not_measured(config: Config, 
 
 
 async def test_callers_go_first(monkeypatch: pytest.MonkeyPatch, config: Config, served: Served) -> None:
-    monkeypatch.setattr(measured_module, "POLL_S", 0.01)
+    monkeypatch.setattr(measurable_module, "POLL_S", 0.01)
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
     served.callers = [2, 1, 0]
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):
@@ -177,8 +177,8 @@ async def test_callers_go_first(monkeypatch: pytest.MonkeyPatch, config: Config,
 async def test_callers_who_never_stop_are_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, config: Config, served: Served
 ) -> None:
-    monkeypatch.setattr(measured_module, "POLL_S", 0.01)
-    monkeypatch.setattr(measured_module, "WAITS_FOR_CALLERS_S", 0.1)
+    monkeypatch.setattr(measurable_module, "POLL_S", 0.01)
+    monkeypatch.setattr(measurable_module, "WAITS_FOR_CALLERS_S", 0.1)
     served.callers = [5]
     walk: Any = SimpleNamespace(model_dump=lambda mode: {})
     async with engines_to_measure(config, config.tiers, Steps()) as (running,):

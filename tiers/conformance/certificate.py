@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tiers.conformance.findings import LOWER_BOUNDS, Findings, Verdict
+from tiers.conformance.pack import Pack as ReferencePack
 from tiers.conformance.scores import Phase
 from tiers.errors import CertificateError
 from tiers.manifest import SHORT_DIGEST, Manifest
@@ -71,6 +72,17 @@ class Pack(_Plain):
     corpus: Digest = _SHA256
     """Of the passages of which perplexity was measured."""
     passages: int = Field(ge=1)
+
+    @classmethod
+    def of(cls, pack: ReferencePack) -> Self:
+        """That one."""
+        return cls(
+            digest=pack.digest,
+            prompt_set=pack.prompts,
+            prompts=len(pack.prompts_asked),
+            corpus=pack.corpus,
+            passages=len(pack.passages),
+        )
 
 
 class Conformance(_Plain):

@@ -26,7 +26,7 @@ WAITS_FOR_CALLERS_S = 10.0
 """How long, before each sequence, whoever measures an engine that serves lets its callers go first."""
 
 
-class Measured(ABC):
+class Measurable(ABC):
     """An engine, as far as it is measured."""
 
     gives_way: bool
