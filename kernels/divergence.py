@@ -1,98 +1,135 @@
-"""How far one distribution over tokens is from another. PyTorch; positions are rows."""
+"""How far one distribution over tokens is from another. Positions are rows.
+
+One function, `compare`, for whatever there is to say of two distributions; beneath it one implementation for CPUs
+(`kernels.divergence_torch`) and one for NVIDIA GPUs (`kernels.divergence_triton`), held to the same definitions by
+the same tests. `kernels/README.md` has these definitions, what accuracy is promised, and figures.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_ROWS_IN_CACHE = 4
+from kernels import divergence_torch
+from kernels.figures import Figures
+from kernels.head import Projected, first_likeliest, fp32_logits, ln_others, rows_at_once
+
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = 2.0**-20
 """Of probabilities that were added up in FP32."""
 
 
 class Comparison(NamedTuple):
-    """Two distributions at each of T positions; all [T]."""
+    """Two distributions at each of T positions; [T] but for the likeliest tokens.
+
+    A row with NaN, with +inf, or with −inf alone is no distribution: its own figures, and those of both together,
+    are NaN there, and its likeliest tokens −1. The other side's figures stand.
+    """
 
     kl: Tensor
-    """KL(p ‖ q), nats."""
+    """KL(p ‖ q), nats, never below 0; inf where q rules out (logit −inf) what p does not."""
     tv: Tensor
-    """Total variation, ½ Σ |p − q|."""
+    """Total variation, ½ Σ |p − q|, from 0 to 1."""
     ln_p: Tensor
     """ln p of the given token."""
     ln_q: Tensor
     """ln q of it."""
     top_p: Tensor
-    """The likeliest token under p; of several as likely, the first."""
+    """The likeliest token under p, int64; of several as likely, the first."""
     top_q: Tensor
     """Under q."""
+    entropy_p: Tensor
+    """−Σ p ln p, nats."""
+    entropy_q: Tensor
+    """−Σ q ln q, nats."""
+    likeliest: Tensor
+    """The k likeliest tokens under p, [T, k], int64, the likeliest first; of several as likely, the first."""
+    ln_p_likeliest: Tensor
+    """ln p of them, [T, k]."""
+    ln_q_likeliest: Tensor
+    """ln q of them, [T, k]."""
+    ln_p_rest: Tensor
+    """ln of p of all other tokens together; −inf where nothing is left."""
+    ln_q_rest: Tensor
+    """ln of q of all other tokens together."""
 
 
-def compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Comparison:
-    """Everything that is asked about two distributions at each position.
+def compare(p: Tensor | Projected, q_logits: Tensor, tokens: Tensor, k: int = 0) -> Comparison:
+    """Everything that is asked about two distributions at each position, in FP32.
 
-    Args:
-        p_logits: reference logits, [T, V], float32.
-        q_logits: tier logits, [T, V], float32.
-        tokens: the given token at each position, [T], int64.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    _check_shapes(p_logits, q_logits)
-    # A CPU's cache holds a few rows through all that is done with them: four to six times as fast.
-    rows = max(1, len(p_logits)) if p_logits.is_cuda else _ROWS_IN_CACHE
-    blocks = zip(*(torch.split(each, rows) for each in (p_logits, q_logits, tokens)), strict=True)
-    return Comparison(*(torch.cat(column) for column in zip(*(_compare(*each) for each in blocks), strict=True)))
-
-
-def _compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Comparison:
-    ln_p, ln_q = torch.log_softmax(p_logits.float(), dim=-1), torch.log_softmax(q_logits.float(), dim=-1)
-    p, given = ln_p.exp(), tokens.unsqueeze(-1)
-    return Comparison(
-        kl=_kl(p, q_logits.float() - p_logits.float()),
-        tv=(p - ln_q.exp()).abs().sum(-1) / 2,
-        ln_p=ln_p.gather(-1, given).squeeze(-1),
-        ln_q=ln_q.gather(-1, given).squeeze(-1),
-        top_p=_first_maximum(p_logits),
-        top_q=_first_maximum(q_logits),
-    )
-
-
-def _first_maximum(logits: Tensor) -> Tensor:
-    # argmax does not promise which of several it returns, and logits in BF16 tie often.
-    return (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
-
-
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p ‖ q) per position, in nats.
+    The reference's T × V logits are never held whole where ``p`` is `Projected`: a run of rows at a time.
 
     Args:
-        p_logits: reference logits, [T, V].
-        q_logits: tier logits, [T, V].
-
-    Returns:
-        [T], float32, never below 0.
+        p: reference logits, [T, V], float32, bfloat16 or float16; or what they are made of.
+        q_logits: tier logits, [T, V], likewise.
+        tokens: the given token at each position, [T], integers.
+        k: how many of the reference's likeliest tokens are wanted; all of them if there are fewer.
 
     Raises:
-        ValueError: the shapes differ.
-
-    With d = q_logits − p_logits, KL = ln Σ p·eᵈ − Σ p·d: differences first, so that nearly equal
-    distributions do not cancel.
+        ValueError: shapes, types or devices do not go together, or a given token is not in the vocabulary.
     """
-    _check_shapes(p_logits, q_logits)
-    return _kl(torch.softmax(p_logits.float(), dim=-1), q_logits.float() - p_logits.float())
+    _check(p, q_logits, tokens, k)
+    parts = []
+    for part in rows_at_once(*q_logits.shape, is_cuda=q_logits.is_cuda):
+        p_logits = fp32_logits(p.hidden[part], p.head) if isinstance(p, Projected) else p[part]
+        parts.append(_compare(p_logits, q_logits[part], tokens[part].long(), k))
+    return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _kl(p: Tensor, d: Tensor) -> Tensor:
-    # Shifting d by a constant shifts both terms alike; its mean under p keeps e^d near 1.
-    d = d - (p * d).sum(-1, keepdim=True)
-    # What rounding left of that mean is taken off again: p does not sum to 1 exactly.
-    return (torch.log1p((p * torch.expm1(d)).sum(-1)) - (p * d).sum(-1)).clamp_min(0)
+def _compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor, k: int) -> Comparison:
+    figures = _figures(p_logits, q_logits, tokens)
+    if not k:
+        none, all_of_it = figures.kl.new_empty(len(tokens), 0), torch.zeros_like(figures.kl)
+        return Comparison(*figures, none.long(), none, none, all_of_it, all_of_it)
+    top = first_likeliest(p_logits.float(), k)
+    columns = []
+    no_p, no_q = figures.top_p < 0, figures.top_q < 0
+    for logits, is_none in ((p_logits.float(), no_p), (q_logits.float(), no_p | no_q)):
+        whole = logits.logsumexp(-1).masked_fill(is_none, torch.nan)
+        columns.append((logits.gather(-1, top) - whole.unsqueeze(-1), ln_others(logits, top, whole)))
+    (ln_p, ln_p_rest), (ln_q, ln_q_rest) = columns
+    return Comparison(*figures, top.masked_fill(no_p.unsqueeze(-1), -1), ln_p, ln_q, ln_p_rest, ln_q_rest)
 
 
-def _check_shapes(p_logits: Tensor, q_logits: Tensor) -> None:
-    if p_logits.shape != q_logits.shape:
-        raise ValueError(f"p has shape {tuple(p_logits.shape)} and q {tuple(q_logits.shape)}; they must be equal")
+def _figures(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Figures:
+    if not q_logits.is_cuda:
+        return divergence_torch.figures(p_logits, q_logits, tokens)
+    from kernels import divergence_triton  # Triton is not where there is no GPU
+
+    return divergence_triton.figures(p_logits, q_logits, tokens)
+
+
+def _check(p: Tensor | Projected, q_logits: Tensor, tokens: Tensor, k: int) -> None:
+    if isinstance(p, Projected):
+        if p.hidden.ndim != 2 or p.head.ndim != 2 or p.hidden.shape[1] != p.head.shape[1]:
+            raise ValueError(
+                f"p has hidden states of shape {tuple(p.hidden.shape)} and a head of {tuple(p.head.shape)}; they "
+                "must be [T, H] and [V, H]"
+            )
+        shape = torch.Size([len(p.hidden), len(p.head)])
+    else:
+        shape = p.shape
+    given = {"p": p.hidden if isinstance(p, Projected) else p, "q": q_logits}
+    if shape != q_logits.shape:
+        raise ValueError(f"p has shape {tuple(shape)} and q {tuple(q_logits.shape)}; they must be equal")
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"logits have shape {tuple(shape)}; they must be [T, V] with at least one token")
+    for name, each in given.items():
+        if each.dtype not in _LOGITS:
+            raise ValueError(f"{name} is {each.dtype}; it must be float32, bfloat16 or float16")
+    if tokens.shape != shape[:1] or tokens.is_floating_point() or tokens.is_complex():
+        raise ValueError(
+            f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; they must be integers, [{shape[0]}]"
+        )
+    devices = {each.device for each in (*given.values(), tokens, *(p if isinstance(p, Projected) else ()))}
+    if len(devices) > 1:
+        raise ValueError(f"p, q and tokens are on {sorted(map(str, devices))}; they must be on one device")
+    if k < 0:
+        raise ValueError(f"k is {k}; it must be 0 or more")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < shape[1]:
+        raise ValueError(
+            f"tokens from {int(tokens.min())} to {int(tokens.max())} are given; the vocabulary has {shape[1]}"
+        )
 
 
 def kl_lower_bound(p_logprobs: Tensor, q_logprobs: Tensor) -> Tensor:

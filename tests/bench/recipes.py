@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kernels.divergence import kl_divergence
+from kernels.divergence import compare
+from kernels.head import Projected
 from server.progress import Steps
 from tests.bench.bootstrap import interval
 from tiers.build import BuildRequest, build, quantize
@@ -258,12 +259,12 @@ class Bench:
     def _divergence(self, model: Any) -> dict[str, Any]:
         kls, same, losses, reference_losses = [], [], [], []
         for states, each in zip(self._states, self._held_out, strict=True):
-            p, q = states @ self._head.T, _states(model, each) @ self._head.T
             answer = torch.tensor(each.tokens[each.answer_start :])
-            kls.append(kl_divergence(p, q))
-            same.append((p.argmax(-1) == q.argmax(-1)).float())
-            losses.append(torch.nn.functional.cross_entropy(q, answer, reduction="none"))
-            reference_losses.append(torch.nn.functional.cross_entropy(p, answer, reduction="none"))
+            found = compare(Projected(states, self._head), _states(model, each) @ self._head.T, answer)
+            kls.append(found.kl)
+            same.append((found.top_p == found.top_q).float())
+            losses.append(-found.ln_q)
+            reference_losses.append(-found.ln_p)
         return {
             "kl": torch.cat(kls).mean().item(),
             "kl_interval": interval(kls),

@@ -18,11 +18,13 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from kernels.divergence import compare
-from kernels.head import fp32_logits, likeliest
+from kernels.head import Projected, likeliest
 from tiers.conformance.sequence import TOP
 
 MARK = "assay"
 """The name in a request's extra arguments under which it carries its job's token. Callers cannot set any."""
+_NUMBERS = ("kl", "tv", "ln_p", "ln_q", "top_p", "top_q")
+"""Of a comparison, what `tiers.conformance.scores.Scores` has."""
 _LARGEST_FP32_HEAD = 1 << 28
 """Weights: 1 GiB in FP32, while something is scored."""
 
@@ -203,13 +205,12 @@ class Scorer:
             return {"left": len(job.answer) - job.scored}
         assert job.reference is not None
         assert job.head is not None
-        p_logits = fp32_logits(job.reference[at], job.head)
-        if p_logits.shape != q_logits.shape:
-            raise ScoringRefused(f"the tier has {q_logits.shape[1]} tokens and the reference {p_logits.shape[1]}")
+        if len(job.head) != q_logits.shape[1]:
+            raise ScoringRefused(f"the tier has {q_logits.shape[1]} tokens and the reference {len(job.head)}")
         if job.compared is not None:
             job.compared.append(q_logits.cpu())
-        numbers = compare(p_logits, q_logits.float(), job.answer[at])
-        columns = {name: column.tolist() for name, column in numbers._asdict().items()}
+        numbers = compare(Projected(job.reference[at], job.head), q_logits, job.answer[at])
+        columns = {name: getattr(numbers, name).tolist() for name in _NUMBERS}
         return {
             "left": len(job.answer) - job.scored,
             "columns": columns | {"position": [*range(at.start, at.stop)], "token": job.answer[at].tolist()},
