@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring bench-divergence clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-throughput: install-dev ## tokens per second of a real engine, direct and 
 
 bench-scoring: install-dev ## prompt tokens per second that an engine scores, beside those it reads; options in ARGS
 	$(RUN)/python -m tests.bench.scoring $(ARGS)
+
+bench-divergence: install-dev ## time and memory of comparing distributions, beside PyTorch's own; options in ARGS
+	$(RUN)/python -m tests.bench.divergence $(ARGS)
 
 clean: ## remove environments, checkpoints and logs
 	rm -rf .venv .venv-quantize .venv-bench .assay

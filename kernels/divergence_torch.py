@@ -15,6 +15,9 @@ in float64 by the definitions.
 """
 
 import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,8 +25,8 @@ from torch import Tensor
 
 from kernels.figures import Figures
 
-_VALUES_PER_THREAD = 1 << 18
-"""Of a matrix: seven of them are alive at once, which a core's share of the last cache should hold."""
+_VALUES_AT_ONCE = 1 << 18
+"""Of a matrix, in each thread: seven of them are alive, which a core's share of the last cache should hold."""
 _APART = 0.05
 """Nats of KL from which p and q may be told apart by their difference."""
 _CLOSE = 1e-4
@@ -63,19 +66,48 @@ def figures(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Figures:
         tokens: [T], int64, from 0 to V − 1.
     """
     count, vocabulary = p_logits.shape
-    rows = max(1, _VALUES_PER_THREAD * torch.get_num_threads() // vocabulary)
-    room = [torch.empty(min(rows, count), vocabulary) for _ in range(5)]
-    parts = []
-    for begin in range(0, max(1, count), rows):
-        part = slice(begin, begin + rows)
-        p, q = p_logits[part].float(), q_logits[part].float()
-        parts.append(_summed(p, q, tokens[part].unsqueeze(-1), *(each[: len(p)] for each in room)))
+    rows = max(1, _VALUES_AT_ONCE // vocabulary)
+    blocks = [slice(begin, begin + rows) for begin in range(0, max(1, count), rows)]
+    threads = min(torch.get_num_threads(), len(blocks))
+
+    def work(first: int) -> list[_Sums]:
+        room = [torch.empty(min(rows, count), vocabulary) for _ in range(5)]
+        with torch.no_grad():
+            return [
+                _summed(p_logits[part].float(), q_logits[part].float(), tokens[part].unsqueeze(-1), *room)
+                for part in blocks[first::threads]
+            ]
+
+    shares = _side_by_side(work, threads)
+    parts = [shares[number % threads][number // threads] for number in range(len(blocks))]
     found = _figures(_Sums(*(torch.cat(column) for column in zip(*parts, strict=True))))
     for row in (~found.kl.isfinite()).nonzero().squeeze(-1).tolist():  # one by one: they take eight times the room
         defined = _defined(p_logits[row].float(), q_logits[row].float(), tokens[row])
         for column, value in zip(found, defined, strict=True):
             column[row] = value
     return found
+
+
+def _side_by_side(work: Callable[[int], list[_Sums]], threads: int) -> list[list[_Sums]]:
+    """Each share in a thread of its own, whose operations are in no other.
+
+    Of operations as short as these are here, which all threads begin and end together, most is waiting: where one
+    thread does not get its core at once, and it is never sure to, all the others wait for it each time.
+    """
+    if threads == 1:
+        return [work(0)]
+    all_threads = torch.get_num_threads()
+    ready = threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread; and of all that are begun after it, until
+        ready.wait()
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        shares = [pool.submit(work, number) for number in range(threads)]
+        ready.wait()
+        torch.set_num_threads(all_threads)  # here
+        return [share.result() for share in shares]
 
 
 def _figures(sums: _Sums) -> Figures:
@@ -107,6 +139,7 @@ def _summed(
     spare: Tensor,
 ) -> _Sums:
     """Sums over the vocabulary. p and q are eᵃ and eᵇ here; the last five are room for what their names say."""
+    a, b, p, q, spare = (each[: len(given)] for each in (a, b, p, q, spare))
     rest_p, top_p = _exponentials(p_logits, a, p)
     rest_q, top_q = _exponentials(q_logits, b, q)
     given_a, given_b = a.gather(-1, given), b.gather(-1, given)

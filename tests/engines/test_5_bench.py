@@ -38,3 +38,9 @@ def test_the_bench_of_gateways_measures_ours() -> None:
 def test_a_bench_of_an_engine_measures_both_ways(target: str, ways: tuple[str, str]) -> None:
     measured = run(target, "")
     assert all(rate > 0 for way in ways for rate in measured["tokens_per_s"][way])
+
+
+def test_the_bench_of_divergence_measures_time_and_memory() -> None:
+    measured = run("bench-divergence", "")["cpu"]
+    assert all(min(of["seconds"]["ours"]) > 0 for of in measured["times"].values())
+    assert 0 < measured["peak_bytes"]["ours"] < measured["peak_bytes"]["log_softmax + kl_div"]
