@@ -1,7 +1,7 @@
 """How far one distribution over tokens is from another. Positions are rows.
 
 One function, `compare`, for whatever there is to say of two distributions; beneath it one implementation for CPUs
-(`kernels.divergence_torch`) and one for NVIDIA GPUs (`kernels.divergence_triton`), held to the same definitions by
+(`kernels.divergence_cpu`) and one for NVIDIA GPUs (`kernels.divergence_triton`), held to the same definitions by
 the same tests. `kernels/README.md` has these definitions, what accuracy is promised, and figures.
 """
 
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import divergence_torch
 from kernels.figures import Figures
 from kernels.head import Projected, first_likeliest, fp32_logits, ln_others, rows_at_once
 
@@ -92,11 +91,12 @@ def _compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor, k: int) -> Comp
 
 
 def _figures(p_logits: Tensor, q_logits: Tensor, tokens: Tensor) -> Figures:
-    if not q_logits.is_cuda:
-        return divergence_torch.figures(p_logits, q_logits, tokens)
-    from kernels import divergence_triton  # Triton is not where there is no GPU
-
-    return divergence_triton.figures(p_logits, q_logits, tokens)
+    # Each loads a compiler, and one of them may not be there: Triton is where GPUs are.
+    if q_logits.is_cuda:
+        from kernels.divergence_triton import figures
+    else:
+        from kernels.divergence_cpu import figures
+    return figures(p_logits, q_logits, tokens)
 
 
 def _check(p: Tensor | Projected, q_logits: Tensor, tokens: Tensor, k: int) -> None:

@@ -1,4 +1,4 @@
-"""The README is true: each of its commands is run by a test, and what it names exists."""
+"""The READMEs are true: each of their commands is run by a test, and what they name exists."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+KERNELS = (ROOT / "kernels" / "README.md").read_text()
 
 CERTIFIED = "tests/engines/conftest.py::certified"
 RUN_BY = {
@@ -16,6 +17,9 @@ RUN_BY = {
     "make bench-gateway": "tests/engines/test_5_bench.py::test_the_bench_of_gateways_measures_ours",
     "make bench-throughput": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
     "make bench-scoring": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
+    "make bench-divergence": (
+        "tests/engines/test_5_bench.py::test_the_bench_of_divergence_measures_time_and_memory"
+    ),
     "make bench": "tests/engines/test_2_metadata.py::test_the_bench_measures_three_tiers",
     "curl http://127.0.0.1:8000/v1/chat/completions": (
         "tests/engines/test_2_metadata.py::test_the_readmes_curl_runs"
@@ -56,7 +60,7 @@ RUN_BY = {
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```sh\n(.*?)^```", README + KERNELS, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip()]
 
@@ -68,7 +72,7 @@ def test_every_command_is_run_by_a_test(command: str) -> None:
     assert name in (ROOT / path).read_text()
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
 def test_the_files_it_names_exist(path: str) -> None:
     for name in re.findall(r"`((?:deploy|kernels|server|tiers|tests)/[\w./-]+)`", (ROOT / path).read_text()):
         assert (ROOT / name).exists(), name

@@ -3,9 +3,9 @@
 usage: make bench-divergence ARGS="[--rounds N] [--positions T] [--quick] [--json]"
 
 On the CPU, from two matrices of logits, 512 × 49,152 in FP32: `kernels.divergence.compare`, which finds KL, TV,
-both entropies, the given token's log-probabilities and the likeliest; `log_softmax` and `kl_div` of PyTorch, which
-find KL alone; and all that ours finds, in PyTorch's words. By turns in this process, each round in another order; a
-ratio is that of the same round's times, the mean over rounds with a 95% bootstrap. Three pairs of matrices, from
+both entropies, the given token's log-probabilities and the likeliest; `log_softmax` and `kl_div` of PyTorch,
+which find KL alone; and all that ours finds, in PyTorch's words. By turns in this process, each round in another
+order; a ratio is that of the same round's times, the mean over rounds with a 95% bootstrap. Three pairs, from
 nearly equal to far apart. Memory is what the process grows by at its largest (the kernel's VmHWM, reset before),
 each way in a process of its own with both matrices made.
 
@@ -227,7 +227,7 @@ def print_tables(measured: dict[str, Any]) -> None:
                 ratio = of["faster_than"][way]
                 text += " ({:.2f}, {:.2f}–{:.2f})".format(ratio["ratio"], *ratio["interval"])
             cells.append(text)
-        table.add_row(way, *cells, f"{peak / 1e6:.0f}")
+        table.add_row(way, *cells, f"{peak / 1e6:.1f}")
     console.print(table)
     if gpu is None:
         console.print("GPU: there is none, so nothing was measured")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # NumPy's, of infinities, where Triton is interpreted
 NAN, INF = float("nan"), float("inf")
 V = 5000
-"""More than two blocks of Triton's and no multiple of one, nor of the strips that a CPU looks for maxima in."""
+"""More than two blocks of Triton's and no multiple of one, nor of a CPU's."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,7 @@ def interpreted() -> Iterator[Any]:
     sys.modules.update(before)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["cpu", "triton"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `compare` computes with."""
     name: str = request.param
