@@ -13,7 +13,7 @@ from tiers.catalog import ModelShape
 from tiers.errors import BuildError, ConfigError
 from tiers.sensitivity.findings import Findings
 from tiers.sensitivity.study import Request
-from tiers.sensitivity.units import By, FormatName
+from tiers.sensitivity.units import By, FormatName, check
 from tiers.tier import Tier
 
 OCCUPIED = BuildError("Another assay measures sensitivity in this home: wait for it.")
@@ -34,9 +34,10 @@ async def measure_sensitivity(
         steps: shown while it runs.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or the levels of another format than FP8 are asked for.
         AssayError: its reference cannot be had, or measured.
     """
+    check(by, number)
     reference = _reference_of(config, model)
     await Checkpoints(config, steps).prepare([reference])
     folder = (config.home / "sensitivity" / reference.model.replace("/", "--")).absolute()

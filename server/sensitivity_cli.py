@@ -134,7 +134,7 @@ def steps_table(findings: "Findings") -> Table:
     """What each level adds, and whether that is beyond doubt."""
     made = table("level", "after", "phase", "KL added", "95%", "")
     for step in findings.steps:
-        said = "[green]rises[/]" if step.rises else "not beyond doubt"
+        said = "[green]rises[/]" if step.rises else "the same" if step.is_same else "not beyond doubt"
         made.add_row(step.unit, step.after, step.phase, f"{step.kl.value:+.5f}", _interval(step.kl), said)
     return made
 

@@ -54,6 +54,11 @@ class Step(_Plain):
         """Whether all of the interval is above 0."""
         return self.kl.low > 0
 
+    @property
+    def is_same(self) -> bool:
+        """Whether no token differs: what was added takes no part in this phase."""
+        return self.kl.value == self.kl.low == self.kl.high == 0
+
 
 class Findings(_Plain):
     """All that was measured of one model."""

@@ -93,6 +93,16 @@ class Unit:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
+def check(by: By, name: FormatName) -> None:
+    """Hold against each other what a person asks for.
+
+    Raises:
+        ConfigError: levels are of FP8, and another format was asked for.
+    """
+    if by == "level" and name != "fp8":
+        raise ConfigError(f"--by level compares four levels of FP8: leave out --format {name}.")
+
+
 def units(by: By, shape: ModelShape, number: Format) -> tuple[Unit, ...]:
     """What is measured, in the order of tables.
 
@@ -100,9 +110,6 @@ def units(by: By, shape: ModelShape, number: Format) -> tuple[Unit, ...]:
         by: decoder blocks one by one, parts of all blocks one by one, or four levels that each add to the last.
         shape: of the model.
         number: of linear layers. KV cache and attention are FP8 whatever it is.
-
-    Raises:
-        ConfigError: levels are of FP8, and another format was asked for.
     """
     layers = tuple(shape.linear_layers())
 
@@ -132,8 +139,6 @@ def units(by: By, shape: ModelShape, number: Format) -> tuple[Unit, ...]:
             Unit("KV cache", kv_cache=True, phases=("decode",), saves_per_token=per_token),
             Unit("attention product", attention=True),
         )
-    if number.name != "fp8":
-        raise ConfigError(f"--by level compares four levels of FP8: leave out --format {number.name}.")
     both: tuple[Phase, ...] = ("prefill", "decode")
     feed_forward = unit("", lambda layer: ".mlp." in layer.name)
     every = unit("", lambda layer: True)
