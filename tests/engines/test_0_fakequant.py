@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels.fakequant import (
+    Scales,
     Scheme,
     dequantize,
     fake_quantize,
@@ -149,6 +150,27 @@ def test_activations_become_what_vllm_makes_of_them_but_for_ties() -> None:
     assert other.float().mean() < 1e-3
     steps = ours.values.view(torch.uint8)[other].int() - read.view(torch.uint8)[other].int()
     assert (steps.abs() <= 1).all()
+
+
+def test_vllms_cache_on_cpus_cuts_off_where_everybody_else_rounds() -> None:
+    """Its kernel of 0.32.0. When it rounds some day, this fails, and CONTRIBUTING.md is to be told."""
+    from vllm import _custom_ops as ops
+
+    tokens, heads, width = 32, 3, 64
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(tokens, heads, width, generator=generator).bfloat16() * 3 for _ in range(2))
+    value[0, 0, 0], value[1, 0, 1], value[2] = 1e5, -1e5, 0
+    keys, values = (torch.zeros(1, heads, tokens, width, dtype=torch.uint8) for _ in range(2))
+    scale = 0.015625
+    places = torch.arange(tokens)
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, places, "vec", scale, scale, "fp8_e4m3")
+    held = (keys[0].reshape(heads, width, tokens).transpose(1, 2), values[0])  # keys lie across
+    for given, read in zip((key, value), held, strict=True):
+        by_head = given.transpose(0, 1).unsqueeze(0)
+        ours = quantize(by_head.float(), Scheme("fp8", "tensor"), Scales(torch.tensor([scale]), None)).values[0]
+        beyond = ours.float().abs() > (by_head[0].float() / scale).abs()
+        assert 0.3 < beyond.float().mean() < 0.7
+        assert torch.equal(read, ours.view(torch.uint8) - beyond.to(torch.uint8))
 
 
 def test_what_is_quantized_and_packed_here_is_what_their_compressor_writes() -> None:

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tiers.conformance.scores import Phase
 from tiers.sensitivity.findings import Findings, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INK, _MUTED, _RULE, _CARD = "#1b1c1e", "#5c6066", "#e1e1db", "#ffffff"
-_PHASE: dict[Phase, str] = {"prefill": "#2458c9", "decode": "#b4470f"}
-"""As a report's page has them by day."""
+_HUES = {"both": "#85888e", "prefill": "#2458c9", "decode": "#b4470f"}
+"""Of phases, as a report's page has them by day."""
 _ROW = 0.27
 """Inches."""
 
@@ -25,22 +24,28 @@ def picture(findings: Findings) -> str:
     from matplotlib.figure import Figure  # a second, for which who reads findings need not wait
 
     units = list(dict.fromkeys(row.unit for row in findings.rows))
-    phases = [phase for phase in _PHASE if any(row.phase == phase for row in findings.rows)]
-    both = len({(row.unit, row.phase) for row in findings.rows}) > len(units)
-    figure = Figure(figsize=(7.2, 1.3 + _ROW * len(units) * (1.7 if both else 1)), layout="constrained")
+    phases = [phase for phase in _HUES if any(_phase(row) == phase for row in findings.rows)]
+    pairs = len(findings.rows) > len(units)
+    figure = Figure(figsize=(7.2, 1.3 + _ROW * len(units) * (1.7 if pairs else 1)), layout="constrained")
     figure.set_facecolor(_CARD)
     axes = figure.add_subplot()
     for phase in phases:
-        rows = [row for row in findings.rows if row.phase == phase]
-        shift = 0.0 if not both else -0.2 if phase == "prefill" else 0.2
+        rows = [row for row in findings.rows if _phase(row) == phase]
+        shift = 0.0 if not pairs else -0.2 if phase == "prefill" else 0.2
         places = np.array([units.index(row.unit) for row in rows]) + shift
-        _bars(axes, places, rows, _PHASE[phase], 0.36 if both else 0.66)
-    if len(phases) > 1:
-        for number, phase in enumerate(phases):
-            axes.text(
-                0.99, 0.02 + 0.05 * (len(phases) - 1 - number), phase,
-                transform=axes.transAxes, ha="right", color=_PHASE[phase], weight="bold",
-            )  # fmt: skip
+        _bars(axes, places, rows, _HUES[phase], 0.36 if pairs else 0.66)
+        if len(phases) > 1:  # named where it first is, which needs no legend
+            name = {"both": "both phases"}.get(phase, phase)
+            axes.annotate(
+                name,
+                (_ends(rows[0])[1], places[0]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=_HUES[phase],
+                weight="bold",
+                fontsize=9,
+            )
     axes.set_yticks(range(len(units)), units)
     axes.set_ylim(len(units) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -67,9 +72,15 @@ def picture(findings: Findings) -> str:
 
 
 def _bars(axes: "Axes", places: NDArray[np.float64], rows: list[Row], colour: str, height: float) -> None:
-    means = np.array([row.kl.value for row in rows])
-    axes.barh(places, means, height=height, color=colour, alpha=0.45)
-    # Of too few prompts there is no interval.
-    ends = [(row.kl.low, row.kl.high) if row.kl.is_bounded else (row.kl.value, row.kl.value) for row in rows]
-    low, high = np.array(ends).T
+    axes.barh(places, [row.kl.value for row in rows], height=height, color=colour, alpha=0.45)
+    low, high = np.array([_ends(row) for row in rows]).T
     axes.hlines(places, np.maximum(low, 0), high, color=colour, linewidth=1.6)
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """Of its interval; of too few prompts there is none."""
+    return (row.kl.low, row.kl.high) if row.kl.is_bounded else (row.kl.value, row.kl.value)
+
+
+def _phase(row: Row) -> str:
+    return "both" if row.is_of_both else row.phase
