@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | certify | tiers …`: an error is one sentence and an exit code."""
+"""`assay serve | plan | build | verify | certify | …`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -22,6 +22,7 @@ from server.fleet import Fleet
 from server.keys import Keys
 from server.keys_cli import keys_app
 from server.progress import Steps
+from server.sensitivity_cli import sensitivity
 from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(certificate_app, name="certificate")
 app.command()(certify)
+app.command()(sensitivity)
 
 
 @app.callback(invoke_without_command=True)
