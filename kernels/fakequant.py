@@ -74,6 +74,7 @@ def scales_of(x: Tensor, scheme: Scheme) -> Scales:
 
     With r the number's range, s = max|x| / (r / 2), or s = (max x − min x) / r and z = round(least − min x / s),
     where 0 counts among the x so that it stays exact. Values that are all 0 get the dtype's epsilon for a scale.
+    INT8 activations, which only an engine ever quantizes, get vLLM's: s = max|x| / 127 where r / 2 is 127.5.
     """
     rows = _together(x, scheme)
     # As amin and amax: NaN stays NaN, and an infinity one, instead of becoming a number that looks right.
@@ -81,7 +82,8 @@ def scales_of(x: Tensor, scheme: Scheme) -> Scales:
     least, most = _LEAST[scheme.number], _MOST[scheme.number]
     zero_point = None
     if scheme.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) / ((most - least) / 2)
+        half = most if (scheme.number, scheme.shared) == ("int8", "token") else (most - least) / 2
+        scale = torch.maximum(low.abs(), high.abs()) / half
     else:
         scale = (high - low) / (most - least)
         # Where all are 0 this is 0 / 0; which int8 that becomes is the processor's to choose, and 0 what it means.

@@ -28,7 +28,6 @@ SCHEMES = {
     "FP8 block": Scheme("fp8", "block", 128),
     "INT8 tensor": Scheme("int8", "tensor"),
     "INT8 channel": Scheme("int8", "channel"),
-    "INT8 token": Scheme("int8", "token"),
     "INT8 group": Scheme("int8", "group", 64),
     "INT8 group asymmetric": Scheme("int8", "group", 64, symmetric=False),
     "INT4 channel": Scheme("int4", "channel"),
@@ -150,6 +149,20 @@ def test_activations_become_what_vllm_makes_of_them_but_for_ties() -> None:
     assert other.float().mean() < 1e-3
     steps = ours.values.view(torch.uint8)[other].int() - read.view(torch.uint8)[other].int()
     assert (steps.abs() <= 1).all()
+
+
+def test_int8_activations_become_what_vllm_makes_of_them_and_not_what_compressed_tensors_does() -> None:
+    from vllm import _custom_ops as ops
+
+    scheme = Scheme("int8", "token")
+    x = torch.randn(512, 576, generator=torch.Generator().manual_seed(2))
+    read, scale, _ = ops.scaled_int8_quant(x, symmetric=True)
+    ours = quantize(x, scheme)
+    torch.testing.assert_close(ours.scales.scale, scale, rtol=1e-6, atol=0)
+    other = (ours.values.int() - read.int()).abs()
+    assert other.max() <= 1
+    assert other.float().mean() < 1e-3
+    assert not torch.allclose(theirs(scheme, x)[0], scale, rtol=1e-3)
 
 
 def test_vllms_cache_on_cpus_cuts_off_where_everybody_else_rounds() -> None:
