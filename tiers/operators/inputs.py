@@ -46,7 +46,8 @@ LLAMA_8B: dict[str, Any] = {
 }
 """Llama-3.1-8B's config.json, as far as its operators depend on it."""
 _POOL = 1 << 20
-_DISTINCT_ROWS = 1 << 15
+_DISTINCT_ROWS = 1 << 13
+_ENDS = ("embed", "head")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -204,8 +205,8 @@ class Like:
         at = torch.linspace(0, len(self.scales) - 1, columns).round().long()
         scales = self.scales[at][torch.randperm(columns, generator=generator)]
         drawn = torch.empty(rows, columns, dtype=torch.bfloat16)
-        for begin in range(0, rows, 1024):
-            part = drawn[begin : begin + 1024]
+        for begin in range(0, rows, 512):
+            part = drawn[begin : begin + 512]
             chosen = torch.randint(len(self.pool), part.shape, generator=generator, dtype=torch.int32)
             part.copy_(self.pool[chosen] * scales)
         return drawn
@@ -231,7 +232,10 @@ def drawn_like(real: Inputs, shape: Shape) -> Inputs:
 
 
 class DrawnWeights(Mapping[str, Tensor]):
-    """Weights of another shape, like the real ones; each is drawn when it is asked for, the same each time."""
+    """Weights of another shape, like the real ones; each is drawn when it is asked for, the same each time.
+
+    A block's are kept, for each storage asks for them; embedding and head, which are more, are not.
+    """
 
     def __init__(self, real: Mapping[str, Tensor], shape: Shape) -> None:
         self._real = real
@@ -248,9 +252,17 @@ class DrawnWeights(Mapping[str, Tensor]):
             "post_attention_layernorm": (shape.hidden,),
         }
         self._sizes = {f"{name}.weight": size for name, size in sizes.items()}
-        self._sizes |= dict.fromkeys(("embed", "head"), (shape.vocabulary, shape.hidden))
+        self._sizes |= dict.fromkeys(_ENDS, (shape.vocabulary, shape.hidden))
+        self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in _ENDS:
+            return self._draw(name)
+        if name not in self._kept:
+            self._kept[name] = self._draw(name)
+        return self._kept[name]
+
+    def _draw(self, name: str) -> Tensor:
         *rows, columns = self._sizes[name]
         generator = torch.Generator().manual_seed(SEED + list(self._sizes).index(name))
         real = self._real[name]

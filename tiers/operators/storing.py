@@ -15,6 +15,7 @@ Storage = Literal["bf16", "fp8", "int4", "int4-asymmetric", "fp8-kv"]
 KV_SCALES = (0.017, 0.023)
 """Of keys and of values: no powers of two, and such that both reach into E4M3's range."""
 _FEW_TOKENS = 512
+_ROWS = 512
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
@@ -57,7 +58,7 @@ def stored(inputs: Inputs, storage: Storage) -> Stored:
         "int4": lambda weight: _int4(weight, shape.group),
         "int4-asymmetric": lambda weight: _int4_asymmetric(weight, shape.group),
     }
-    parts = {name: store[storage](inputs.weights[f"{name}.weight"]) for name in PROJECTIONS}
+    parts = {name: _by_rows(store[storage], inputs.weights[f"{name}.weight"]) for name in PROJECTIONS}
     tensors = [
         (f"model.layers.0.{'self_attn' if part[0] in 'qkvo' else 'mlp'}.{part}.{name}", tensor)
         for part, tensors in parts.items()
@@ -66,11 +67,12 @@ def stored(inputs: Inputs, storage: Storage) -> Stored:
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
     tensors += [(f"model.layers.0.{name}", inputs.weights[name]) for name in norms]
     tensors.append(("model.norm.weight", inputs.weights["input_layernorm.weight"]))
-    # Embedding and head are BF16 in every storage, and of a large model most of the memory.
+    # Embedding and head are BF16 in every storage, and of a large model most of the memory: nobody asks these.
     vocabulary = shape.vocabulary if storage == "bf16" else _FEW_TOKENS
-    tensors.append(("model.embed_tokens.weight", inputs.weights["embed"][:vocabulary]))
-    if not shape.config.get("tie_word_embeddings"):
-        tensors.append(("lm_head.weight", inputs.weights["head"][:vocabulary]))
+    for end, name in (("embed", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
+        if end == "embed" or not shape.config.get("tie_word_embeddings"):
+            unused = torch.zeros(vocabulary, shape.hidden, dtype=torch.bfloat16)
+            tensors.append((name, inputs.weights[end] if storage == "bf16" else unused))
     has_kv_scales = storage == "fp8-kv"
     if has_kv_scales:
         tensors += [
@@ -83,6 +85,13 @@ def stored(inputs: Inputs, storage: Storage) -> Stored:
     return Stored(config, tensors, parts, has_kv_scales)
 
 
+def _by_rows(store: Callable[[Tensor], dict[str, Tensor]], weight: Tensor) -> dict[str, Tensor]:
+    """A few rows at a time, which stay in the cache; no scale is of more than one row."""
+    some = [store(rows) for rows in torch.split(weight, _ROWS)]
+    made = {name: torch.cat([each[name] for each in some]) for name in some[0]}
+    return made | ({"weight_shape": torch.tensor(weight.shape)} if "weight_packed" in made else {})
+
+
 def _fp8(weight: Tensor) -> dict[str, Tensor]:
     scale = (weight.float().abs().amax(1, keepdim=True) / FP8_MOST).bfloat16()
     values = (weight.float() / scale.float()).clamp(-FP8_MOST, FP8_MOST)
@@ -93,7 +102,7 @@ def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
     grouped = weight.float().view(len(weight), -1, group)
     scale = (grouped.abs().amax(-1) / 7.5).clamp_min(1e-8).bfloat16()
     numbers = (grouped / scale.float()[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
-    return _packed(weight, numbers, scale)
+    return _packed(numbers, scale)
 
 
 def _int4_asymmetric(weight: Tensor, group: int) -> dict[str, Tensor]:
@@ -102,16 +111,12 @@ def _int4_asymmetric(weight: Tensor, group: int) -> dict[str, Tensor]:
     scale = ((high - low) / 15).clamp_min(1e-8).bfloat16()
     zeros = (-8 - low / scale.float()).round().clamp(-8, 7)
     numbers = (grouped / scale.float()[..., None] + zeros[..., None]).round().clamp(-8, 7)
-    packed = _packed(weight, numbers.flatten(1).to(torch.int8), scale)
+    packed = _packed(numbers.flatten(1).to(torch.int8), scale)
     return packed | {"weight_zero_point": pack_to_int32(zeros.to(torch.int8), 4, packed_dim=0).contiguous()}
 
 
-def _packed(weight: Tensor, numbers: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    return {
-        "weight_packed": pack_to_int32(numbers, 4),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(weight.shape),
-    }
+def _packed(numbers: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    return {"weight_packed": pack_to_int32(numbers, 4), "weight_scale": scale}
 
 
 def _quantization(storage: Storage, group: int) -> dict[str, Any] | None:
