@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | certify | …`: an error is one sentence and an exit code."""
+"""`assay serve | plan | build | verify | certify | operators | …`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -21,6 +21,7 @@ from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, ti
 from server.fleet import Fleet
 from server.keys import Keys
 from server.keys_cli import keys_app
+from server.operators_cli import operators
 from server.progress import Steps
 from server.sensitivity_cli import sensitivity
 from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(certificate_app, name="certificate")
 app.command()(certify)
+app.command()(operators)
 app.command()(sensitivity)
 
 
