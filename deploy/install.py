@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -244,10 +245,15 @@ def install_all(unfinished: list[Environment]) -> int:
         from server.progress import Steps
     except ImportError:
         restart_in(unfinished[0])
-    with Steps() as steps:
-        for environment in unfinished:
-            with steps.step(environment.title) as step:
-                environment.install(step.detail)
+
+    def install(environment: Environment) -> None:
+        with steps.step(environment.title) as step:
+            environment.install(step.detail)
+
+    # At once: pip unpacks and compiles on one core, and waits for the registry in between.
+    with Steps() as steps, ThreadPoolExecutor(len(unfinished)) as pool:
+        for done in [pool.submit(install, each) for each in unfinished]:
+            done.result()
     return 0
 
 

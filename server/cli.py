@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | certify | tiers …`: an error is one sentence and an exit code."""
+"""`assay serve | plan | build | verify | certify | operators | …`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -21,7 +21,9 @@ from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, ti
 from server.fleet import Fleet
 from server.keys import Keys
 from server.keys_cli import keys_app
+from server.operators_cli import operators
 from server.progress import Steps
+from server.sensitivity_cli import sensitivity
 from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend
@@ -40,6 +42,8 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(certificate_app, name="certificate")
 app.command()(certify)
+app.command()(operators)
+app.command()(sensitivity)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,8 +8,10 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Column
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,19 @@ class Step:
         if self._display is not None and self._task is not None:
             self._display.update(self._task, detail=escape(text))
 
+    def progress(self, done: float, of: float) -> None:
+        """Show how much of the step is done, as a bar; only a terminal does."""
+        if self._display is not None and self._task is not None and of > 0:
+            self._display.update(self._task, share=done / of)
+
+
+class _Bar(BarColumn):
+    """A bar for a step that says how far it is, and nothing for others."""
+
+    def render(self, task: Task) -> ProgressBar | Text:  # type: ignore[override]  # a text is as wide as it must be
+        share = task.fields["share"]
+        return Text() if share is None else ProgressBar(total=1, completed=share, width=24)
+
 
 class Steps(AbstractContextManager["Steps"]):
     """The steps of one command. Several may be under way at once."""
@@ -34,6 +49,7 @@ class Steps(AbstractContextManager["Steps"]):
             Progress(
                 SpinnerColumn(finished_text="[green]✓[/]"),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                _Bar(),
                 TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
                 TextColumn(
                     "[dim]{task.fields[detail]}[/]",
@@ -56,6 +72,11 @@ class Steps(AbstractContextManager["Steps"]):
     ) -> None:
         self.close()
 
+    def refresh(self) -> None:
+        """Show at once what is new, and not only several times a second."""
+        if self._display is not None:
+            self._display.refresh()
+
     def close(self) -> None:
         """Let go of the terminal, leaving the finished steps on it."""
         if self._display is not None:
@@ -65,7 +86,7 @@ class Steps(AbstractContextManager["Steps"]):
     def step(self, name: str) -> Iterator[Step]:
         """Time the block under ``name``; a block that raises is shown as failed."""
         started = time.monotonic()
-        task = self._display.add_task(escape(name), total=1, detail="") if self._display else None
+        task = self._display.add_task(escape(name), total=1, detail="", share=None) if self._display else None
         if self._display is None:
             self.console.print(f"[dim]…[/] {escape(name)}")
         try:
@@ -82,4 +103,4 @@ class Steps(AbstractContextManager["Steps"]):
             self._display.update(task, description=f"{mark} {escape(name)}", detail="failed")
             self._display.stop_task(task)
         else:
-            self._display.update(task, completed=1, detail="")
+            self._display.update(task, completed=1, detail="", share=None)

@@ -42,6 +42,12 @@ RUN_BY = {
     ".venv/bin/assay certify --quick": CERTIFIED,
     ".venv/bin/assay certify Turbo --quick --sign key.pem": CERTIFIED,
     ".venv/bin/assay certify --self-test": "tests/engines/test_5_self_test.py::trials",
+    ".venv/bin/assay sensitivity": (
+        "tests/engines/test_1_sensitivity.py::test_the_command_measures_and_goes_on_where_it_was"
+    ),
+    ".venv/bin/assay operators": (
+        "tests/engines/test_0_operators.py::test_the_command_runs_them_in_a_process_of_their_own_and_exits_with_what"
+    ),
     ".venv/bin/assay certificate keygen key.pem": CERTIFIED,
     ".venv/bin/assay certificate verify": (
         "tests/engines/test_2_certificate.py::test_a_signed_one_verifies_and_one_with_another_byte_does_not"

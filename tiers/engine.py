@@ -184,9 +184,13 @@ def gpu_environment(tier: Tier) -> dict[str, str]:
 
 
 def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
+    # In the environment, not in the arguments, which every user of the machine may read.
+    return {"VLLM_API_KEY": api_key} | vllm_environment(tier, backend)
+
+
+def vllm_environment(tier: Tier, backend: Backend) -> dict[str, str]:
+    """What a process sets in which vLLM computes as it does for this tier's engine; added to its parent's."""
     environment = {
-        # In the environment, not in the arguments, which every user of the machine may read.
-        "VLLM_API_KEY": api_key,
         # Engines talk to themselves over sockets: all of them on loopback.
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_PLUGINS": PLUGIN,

@@ -31,3 +31,7 @@ class PromptsError(AssayError):
 
 class CertificateError(AssayError):
     """A certificate, its signature or a key of it is not what it should be."""
+
+
+class OperatorsError(AssayError):
+    """The engine's operators could not be run beside their definitions."""

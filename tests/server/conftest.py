@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 from aiohttp import web
 from fastapi import FastAPI
+from markupsafe import Markup
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
@@ -38,6 +39,7 @@ from server.turns import Turns
 from server.vitals import Patience, Vitals
 from tests.tiers.samples import BUDGET
 from tiers.catalog import ModelShape
+from tiers.conformance import pictures
 from tiers.conformance.budget import Budget
 from tiers.manifest import FileEntry, Manifest
 from tiers.source import EMBEDDED_MODEL
@@ -300,6 +302,13 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
 async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
     async with running_gateway(tmp_path) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have theirs where they are tested; drawing takes half a second a report."""
+    for name in ("spread", "by_position", "by_prompt"):
+        monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
 
 
 @pytest.fixture

@@ -326,6 +326,27 @@ def test_completion_knows_the_tiers(here: Here, monkeypatch: pytest.MonkeyPatch)
     assert complete(here, monkeypatch, "assay build L") == ["Lite"]
 
 
+def test_completion_knows_the_operators(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = complete(here, monkeypatch, "assay operators --only linear-int")
+    assert found == ["linear-int4", "linear-int4-asymmetric"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--only", "ropes"), "There is no operator 'ropes'"),
+        (("--model", "Lama"), "There is no model 'Lama' in this config"),
+        (("--plant", "nothing"), "There is no planted error 'nothing'"),
+    ],
+)
+def test_an_operator_that_is_not_there_is_a_sentence(
+    here: Here, arguments: tuple[str, ...], sentence: str
+) -> None:
+    code, out, err = here("operators", *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in " ".join(err.split())
+
+
 def test_completion_can_be_installed(tmp_path: Path) -> None:
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run(["bash", "-c", f"{ASSAY} --install-completion; exit $?"], env=environment, check=True)

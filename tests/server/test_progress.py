@@ -41,3 +41,13 @@ def test_a_step_that_fails_is_marked(capsys: pytest.CaptureFixture[str]) -> None
     ):
         raise ValueError("no")
     assert "✗ Two" in output.getvalue()
+
+
+def test_a_terminal_shows_a_bar_for_a_step_that_says_how_far_it_is() -> None:
+    output = io.StringIO()
+    with Steps(Console(file=output, force_terminal=True, width=100)) as steps, steps.step("Three") as step:
+        before = output.getvalue()
+        step.progress(3, 4)
+        steps.refresh()
+        assert "━" in output.getvalue()
+        assert "━" not in before

@@ -283,7 +283,7 @@ def test_documents_are_followed_by_others_until_they_come_near_a_longer_context(
 
 def test_a_longer_context_changes_the_long_prompts_only_and_the_same_way_each_time() -> None:
     longer = load_prompts(context_length=8_192)
-    assert longer == load_prompts(context_length=8_192)
+    assert longer == load_prompts.__wrapped__(context_length=8_192)
     changed = {each.id for each, before in zip(longer, PROMPTS, strict=True) if each != before}
     assert changed == set(needles())
     assert digest(longer) != digest(PROMPTS)

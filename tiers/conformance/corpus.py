@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tiers.conformance.prompts import FOLDER, LANGUAGES, Language
@@ -28,6 +29,7 @@ class Passage:
     text: str
 
 
+@cache
 def load_corpus(folder: Path = FOLDER / "documents") -> tuple[Passage, ...]:
     """All passages, by documents.
 

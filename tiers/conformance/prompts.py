@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -116,6 +117,7 @@ class _Function(_Strict):
     parameters: _JsonObject
 
 
+@cache
 def load_prompts(
     quick: bool = False, context_length: int | None = None, folder: Path = FOLDER
 ) -> tuple[Prompt, ...]:

@@ -4,6 +4,7 @@ from vllm.model_executor.kernels.linear import register_linear_kernel
 from vllm.platforms.interface import PlatformEnum
 
 from tiers.probe.fp8_cpu import CPUFP8ScaledMMLinearKernel
+from tiers.probe.fp8_kv_cpu import round_into_cache
 from tiers.probe.log import keep_log_clean
 from tiers.probe.seeds import keep_seeds
 from tiers.probe.waiting import wait_with_naps
@@ -14,4 +15,5 @@ def register() -> None:
     keep_log_clean()
     keep_seeds()
     wait_with_naps()
+    round_into_cache()
     register_linear_kernel(CPUFP8ScaledMMLinearKernel, PlatformEnum.CPU, "fp8")

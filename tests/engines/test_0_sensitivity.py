@@ -1,0 +1,131 @@
+"""A model whose parts are quantized one by one: each phase feels what it should. Needs Transformers, no engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiers.catalog import ModelShape
+from tiers.conformance.pack import Answer
+from tiers.conformance.scores import PHASES
+from tiers.sensitivity.model import Reading, ReferenceModel
+from tiers.sensitivity.units import Format, Unit, units
+
+VOCABULARY = 300
+TEXT = torch.randint(0, VOCABULARY, (24,), generator=torch.Generator().manual_seed(4)).tolist()
+ANSWER = Answer(prompt_id="one", kind="chat", language="en", source="greedy", prompt=TEXT[:14], answer=TEXT[14:])
+NOTHING = Unit("nothing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand weights, as a checkpoint has it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, initializer_range=0.3)
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> ReferenceModel:
+    made = ReferenceModel.load(folder)
+    made.calibrate([TEXT, TEXT[5:]])
+    return made
+
+
+def unit(folder: Path, name: str, by: Any = "part") -> tuple[Unit, Format]:
+    shape = ModelShape.read(folder)
+    number = Format.of("fp8", shape)
+    return next(each for each in units(by, shape, number) if each.name.endswith(name)), number
+
+
+def test_what_is_not_quantized_is_transformers_own(folder: Path, model: ReferenceModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        exact = own.model(torch.tensor([TEXT])).last_hidden_state[0, 13:-1]
+    for phase in PHASES:
+        torch.testing.assert_close(model.final_states(ANSWER, NOTHING, phase), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_are_decoded_together_are_as_if_each_came_alone(folder: Path, model: ReferenceModel) -> None:
+    cache, _ = unit(folder, "KV cache")
+    together = model.final_states(ANSWER, cache, "decode")
+    reading = Reading(model.scales, from_cache=True)
+    with torch.inference_mode():
+        states, kept = model._read(ANSWER.prompt, Reading(model.scales))
+        alone = [states[-1:]]
+        for token in ANSWER.answer[:-1]:
+            states, kept = model._read([token], reading, kept)
+            alone.append(states)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_moves_decode_alone_and_the_product_prefill(folder: Path, model: ReferenceModel) -> None:
+    exact = model.final_states(ANSWER, NOTHING, "prefill")
+
+    def off(name: str, phase: Any) -> float:
+        states = model.final_states(ANSWER, unit(folder, name)[0], phase)
+        return float((states - exact)[1:].norm() / exact.norm())
+
+    rounding = 1e-5
+    assert off("KV cache", "prefill") < rounding < 1e-3 < off("KV cache", "decode")
+    assert off("attention product", "prefill") > 1e-3
+
+
+def test_linear_layers_compute_a_token_alike_in_both_phases(folder: Path, model: ReferenceModel) -> None:
+    every, number = unit(folder, "2 all linears", "level")
+    with model.quantized(every, number):
+        prefill, decode = (model.final_states(ANSWER, every, phase) for phase in PHASES)
+    exact = model.final_states(ANSWER, NOTHING, "prefill")
+    # FP8 makes much of what FP32 rounds: a value between two is one or the other. Most tokens meet none.
+    apart = (prefill - decode).norm(dim=-1) / exact.norm(dim=-1)
+    assert apart.median() < 1e-4
+    assert (prefill - exact).norm() / exact.norm() > 1e-2
+
+
+def test_afterwards_nothing_is_quantized(folder: Path, model: ReferenceModel) -> None:
+    before = {name: weight.clone() for name, weight in model.model.named_parameters()}
+    exact = model.final_states(ANSWER, NOTHING, "prefill")
+    every, number = unit(folder, "2 all linears", "level")
+    changed = "model.layers.1.mlp.up_proj.weight"
+
+    def broken_off() -> None:
+        with model.quantized(every, number):
+            assert not torch.equal(model.model.get_parameter(changed), before[changed])
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        broken_off()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.named_parameters())
+    assert torch.equal(model.final_states(ANSWER, NOTHING, "prefill"), exact)
+
+
+def test_only_what_is_named_is_quantized(folder: Path, model: ReferenceModel) -> None:
+    before = {name: weight.clone() for name, weight in model.model.named_parameters()}
+    layer, number = unit(folder, "layer 1", "layer")
+    with model.quantized(layer, number):
+        changed = [name for name, w in model.model.named_parameters() if not torch.equal(w, before[name])]
+    assert changed == [f"{name}.weight" for name in layer.linears]
+
+
+def test_the_head_is_quantized_where_it_is_a_head(folder: Path, model: ReferenceModel) -> None:
+    head, number = unit(folder, "head")
+    exact = [model.final_states(ANSWER, NOTHING, "prefill")]
+    cost = model.scores(head, number, "prefill", [ANSWER], exact)
+    none = model.scores(NOTHING, number, "prefill", [ANSWER], exact)
+    assert cost.kl.mean() > 1e-5 > 1e-9 > none.kl.mean()
+    assert cost.token.tolist() == ANSWER.answer
+
+
+def test_in_decode_the_first_token_is_the_prompts(folder: Path, model: ReferenceModel) -> None:
+    cache, number = unit(folder, "KV cache")
+    exact = [model.final_states(ANSWER, NOTHING, "prefill")]
+    scores = model.scores(cache, number, "decode", [ANSWER], exact)
+    assert scores.position.tolist() == list(range(1, len(ANSWER.answer)))
