@@ -15,8 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +37,36 @@ torch, and text models do not use them."""
 
 class InstallError(Exception):
     """One sentence: what failed and what to do."""
+
+
+class Pips:
+    """The pips that run at once, ended together when a person interrupts."""
+
+    def __init__(self) -> None:
+        self.torch = threading.Lock()
+        """Who holds it fetches PyTorch; who waits for it takes that from pip's cache."""
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    @contextmanager
+    def start(self, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+        """One more, with its output piped."""
+        if self._ended:
+            raise InstallError("the installation was interrupted.")
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        ) as pip:
+            self._running.add(pip)
+            try:
+                yield pip
+            finally:
+                self._running.discard(pip)
+
+    def end(self) -> None:
+        """None runs, and none will."""
+        self._ended = True
+        for pip in tuple(self._running):
+            pip.terminate()
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,7 @@ class Environment:
         if not self.python.exists():
             create(self.folder)
 
-    def install(self, say: Callable[[str], None]) -> None:
+    def install(self, say: Callable[[str], None], pips: Pips) -> None:
         """Install everything, check that it imports, and only then set the stamp."""
         self.prepare()
         stamp = self.stamped | self.wanted
@@ -103,12 +135,13 @@ class Environment:
         (self.folder / UNFINISHED).touch()
         if self.backend == "cpu":
             # By name and first: a range that another package asks for would take a CUDA build of several GB.
-            self._pip(say, "install", "torch==2.13.0")
-        self._pip(say, "install", "--editable", f"{ROOT}[{','.join(self.extras)}]")
+            with pips.torch:
+                self._pip(pips, say, "install", "torch==2.13.0")
+        self._pip(pips, say, "install", "--editable", f"{ROOT}[{','.join(self.extras)}]")
         if self.bare_packages:
-            self._pip(say, "install", "--no-deps", *self.bare_packages)
+            self._pip(pips, say, "install", "--no-deps", *self.bare_packages)
         if self.backend == "cpu":
-            self._pip(say, "uninstall", "--yes", *SHUNNED)
+            self._pip(pips, say, "uninstall", "--yes", *SHUNNED)
         say("checking that it imports")
         check = subprocess.run([self.python, "-c", self.probe], capture_output=True, text=True, cwd=ROOT)
         if check.returncode:
@@ -117,15 +150,10 @@ class Environment:
         (self.folder / STAMP).write_text(json.dumps(stamp))
         (self.folder / UNFINISHED).unlink()
 
-    def _pip(self, say: Callable[[str], None], *arguments: str) -> None:
-        command = [self.python, "-m", "pip", "--disable-pip-version-check", *arguments]
+    def _pip(self, pips: Pips, say: Callable[[str], None], *arguments: str) -> None:
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
         log = self.folder / "install.log"
-        with (
-            log.open("a") as record,
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-            ) as pip,
-        ):
+        with log.open("a") as record, pips.start(command) as pip:
             assert pip.stdout is not None
             errors = []
             for line in pip.stdout:
@@ -246,15 +274,25 @@ def install_all(unfinished: list[Environment]) -> int:
     except ImportError:
         restart_in(unfinished[0])
 
+    pips = Pips()
+
     def install(environment: Environment) -> None:
         with steps.step(environment.title) as step:
-            environment.install(step.detail)
+            environment.install(step.detail, pips)
 
-    # At once: pip unpacks and compiles on one core, and waits for the registry in between.
-    with Steps() as steps, ThreadPoolExecutor(len(unfinished)) as pool:
-        for done in [pool.submit(install, each) for each in unfinished]:
-            done.result()
-    return 0
+    # At once, for pip unpacks and compiles on one core; but NVIDIA's libraries are not fetched twice.
+    at_once = 1 if any(each.backend == "cuda" for each in unfinished) else len(unfinished)
+    with Steps() as steps, ThreadPoolExecutor(at_once) as pool:
+        try:
+            failures = [made.exception() for made in [pool.submit(install, each) for each in unfinished]]
+        except KeyboardInterrupt:
+            pips.end()
+            raise
+    for failure in filter(None, failures):
+        if not isinstance(failure, InstallError):
+            raise failure
+        print(f"assay: {failure}", file=sys.stderr)
+    return int(any(failures))
 
 
 def restart_in(environment: Environment) -> NoReturn:

@@ -75,6 +75,13 @@ def compare(p: Tensor | Projected, q_logits: Tensor, tokens: Tensor, k: int = 0)
     return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def warm_up(device: torch.device | str) -> None:
+    """Compile what `compare` needs there, for it takes seconds which no caller of an engine should wait for."""
+    logits = torch.zeros(1, 2, device=device)
+    for q_logits in (logits, logits.bfloat16()):
+        compare(logits, q_logits, torch.zeros(1, dtype=torch.int64, device=device))
+
+
 def _compare(p_logits: Tensor, q_logits: Tensor, tokens: Tensor, k: int) -> Comparison:
     figures = _figures(p_logits, q_logits, tokens)
     if not k:

@@ -9,7 +9,9 @@ Rows with something in them that is not finite are few, and computed in float64 
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,19 @@ _ORDER_IS_FREE = {"reassoc", "contract", "nsz"}
 """What lets a sum be several lanes'; NaN and infinities stay what they are."""
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)
+def _compiled(**options: Any) -> Callable[[Any], Any]:
+    """Numba's compiler; what it makes is kept on disk, where there is a place for it."""
+
+    def compiled(function: Any) -> Any:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's may be written
+            return njit(nogil=True, **options)(function)
+
+    return compiled
+
+
+@_compiled(fastmath={"contract"})
 def _exp(x):
     """eˣ for x ≤ 0, within 2 units in the last place: 2ⁿ eʳ with |r| ≤ ½ ln 2 (Cody & Waite, 1980)."""
     x = max(x, _LEAST)  # NaN stays
@@ -51,7 +65,7 @@ def _exp(x):
     return series * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def _largest(x):
     """By integers in the order of the numbers, whose maximum is made of vector code; that of numbers is not."""
     bits = x.view(np.int32)
@@ -62,7 +76,7 @@ def _largest(x):
     return np.int32(most ^ (np.int32(most >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def _first_maximum(x):
     """The maximum and its first place; where there is NaN, anything at all."""
     most, at = x[0], 0
@@ -75,7 +89,7 @@ def _first_maximum(x):
     return most, at
 
 
-@njit(fastmath=_ORDER_IS_FREE, nogil=True, error_model="numpy", cache=True)
+@_compiled(fastmath=_ORDER_IS_FREE, error_model="numpy")
 def _exponentials(x, most, exponentials):
     """Fill in eᵃ; Σ eᵃ and Σ a eᵃ over a block, a = x − max."""
     whole = weighted = _0
@@ -88,12 +102,12 @@ def _exponentials(x, most, exponentials):
     return whole, weighted
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)
+@_compiled(fastmath={"contract"})
 def _ln_ratio(x, y, most_p, most_q, shift):
     return ((y - most_q) - (x - most_p)) - shift
 
 
-@njit(fastmath=_ORDER_IS_FREE, nogil=True, error_model="numpy", cache=True)
+@_compiled(fastmath=_ORDER_IS_FREE, error_model="numpy")
 def _differences(x, y, e_a, e_b, most_p, most_q, shift, one_p, one_q):
     """Over a block: KL, Σ |q − p|, Σ q − p, and Σ ± q by the sign of q − p."""
     kl = tv = off = leaning = _0
@@ -110,7 +124,7 @@ def _differences(x, y, e_a, e_b, most_p, most_q, shift, one_p, one_q):
     return kl, tv, off, leaning
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@_compiled(error_model="numpy")
 def _sums(x, exponentials):
     """Maximum, its place, and of all others, or nothing would be left of them beside 1, Σ eᵃ and Σ a eᵃ."""
     most, top = _first_maximum(x)
@@ -125,7 +139,7 @@ def _sums(x, exponentials):
     return most, top, rest, weighted
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@_compiled(error_model="numpy")
 def _row(x, y, token, e_a, e_b, numbers, tops):
     """One row: numbers are KL, TV, ln p, ln q, H(p), H(q); tops the likeliest tokens."""
     most_p, top_p, rest_p, weighted_a = _sums(x, e_a)
@@ -152,7 +166,7 @@ def _row(x, y, token, e_a, e_b, numbers, tops):
     tops[0], tops[1] = top_p, top_q
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def _rows(p_logits, q_logits, tokens, numbers, tops, first, step):
     """Every so many rows, one after the other."""
     room = np.empty((2, p_logits.shape[1]), np.float32)

@@ -29,12 +29,29 @@ _WARPS = 16
 """Four lanes of a block to a thread, whose numbers all stay in registers."""
 
 
+_LOG2_E, _LN2_HIGH, _LN2_LOW = (tl.constexpr(x) for x in (1.4426950408889634, 0.693359375, -2.12194440e-4))
+_LEAST = tl.constexpr(-87.0)
+"""e to less than this is beyond the numbers that FP32 has with all their digits: 0."""
+
+
+@triton.jit
+def _exp(x):
+    """eˣ for x ≤ 0: 2ⁿ eʳ with |r| ≤ ½ ln 2 (Cody & Waite, 1980).
+
+    A GPU's own is 2 to the rounded x log₂ e, which at −80 is 30 units in the last place off.
+    """
+    n = tl.floor(x * _LOG2_E + 0.5)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < _LEAST, 0.0, tl.exp(r) * power)  # NaN stays
+
+
 @triton.jit
 def _seen(most, rest, place, values, columns):
     """Lanes' maximum, Σ exp(x − max) − 1 and first place of the maximum, after one value more to each."""
     away = values - most
     is_more = away > 0
-    scale = tl.exp(-tl.abs(away))
+    scale = _exp(-tl.abs(away))
     rest = tl.where(is_more, (rest + 1.0) * scale, rest + scale)
     return tl.where(is_more, values, most), rest, tl.where(is_more, columns, place)
 
@@ -45,7 +62,7 @@ def _together(most, rest, place, vocabulary):
     # By max a lane of NaN would pass unseen; in the sum it is not.
     greatest = tl.max(most, 0)
     first = tl.min(tl.where(most == greatest, place, vocabulary), 0)
-    weighted = tl.where(place == first, rest, (rest + 1.0) * tl.exp(most - greatest))
+    weighted = tl.where(place == first, rest, (rest + 1.0) * _exp(most - greatest))
     return greatest, first, tl.sum(weighted, 0).to(tl.float64)
 
 
@@ -100,7 +117,7 @@ def _row(
         x = tl.load(p_logits + columns, mask=inside, other=-float("inf")).to(tl.float32)
         y = tl.load(q_logits + columns, mask=inside, other=-float("inf")).to(tl.float32)
         a, b = x - max_p, y - max_q
-        p, q = tl.exp(a) * one_p, tl.exp(b) * one_q
+        p, q = _exp(a) * one_p, _exp(b) * one_q
         e = (b - a) - shift
         p_e = tl.where(p > 0, p * e, 0.0)
         series = e * e * (0.5 + e * (1 / 6 + e * (1 / 24 + e * (1 / 120 + e * (1 / 720)))))
@@ -134,7 +151,7 @@ def _row(
     tl.store(tops + 1, tl.where(is_q, top_q, -1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # else compiled anew for 1, for multiples of 16, and for others
 def _rows(
     p_logits,
     q_logits,

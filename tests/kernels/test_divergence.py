@@ -34,6 +34,13 @@ def _loaded() -> None:
     from kernels.head import Projected, fp32_logits
 
 
+def exp_of_gpus(x: Any) -> Any:
+    """2 to the rounded x log₂ e (PTX's ``ex2.approx``)."""
+    import numpy as np
+
+    return np.exp2(x * x.dtype.type(np.log2(np.e)))
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
     """Triton's implementation, on the CPU: Triton is loaded anew for it, and again for what comes after."""
@@ -52,6 +59,8 @@ def interpreted() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
+        builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+        patch.setattr(builder, "create_exp", lambda self, arg: self.unary_op(arg, exp_of_gpus))
         yield module
     for name in of_triton():
         del sys.modules[name]
@@ -147,6 +156,21 @@ def test_nearly_equal_distributions_over_a_whole_vocabulary(vocabulary: int, imp
     found, truth = check_against_float64(logits, other), exact(logits, other)
     assert truth["kl"].max() < 2e-9
     torch.testing.assert_close(found.kl.double(), truth["kl"], rtol=0.01, atol=0)
+
+
+def test_many_tokens_far_below_the_likeliest_count_with_all_their_digits(implementation: str) -> None:
+    """All of them have the same exponent, and an error of it does not average out."""
+    p, q = torch.zeros(1, 128_256), torch.zeros(1, 128_256)
+    p[:, :2], q[:, :2] = 11.93566, 11.533714
+    check_against_float64(p, q)
+
+
+def test_what_is_compiled_need_not_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container that may write nowhere."""
+    from kernels.divergence_cpu import _compiled
+
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert _compiled()(lambda x: x + 1)(1) == 2
 
 
 def test_kl_of_equal_distributions_is_zero_and_never_below(implementation: str) -> None:

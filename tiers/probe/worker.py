@@ -6,6 +6,7 @@ Written against vLLM 0.32.0.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,12 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from kernels.divergence import warm_up
 from tiers.precision import NumberFormat, NumberType
 from tiers.probe.reading import MAY_PLANT, AttentionReading, End, EngineReading, LayerReading, may_plant
 from tiers.probe.scoring import Interrupted, Scorer
 
+log = logging.getLogger("vllm.assay")
 _TYPES: dict[torch.dtype, NumberType] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -64,7 +67,8 @@ class ProbeWorker:
     _assay_faults: Any = None
 
     def assay_reading(self) -> dict[str, Any]:
-        """This worker's `EngineReading`, as plain data."""
+        """This worker's `EngineReading`, as plain data; asked for before there are callers."""
+        self._assay_warm_up()
         model = self.model_runner.get_model()
         fused = getattr(model, "packed_modules_mapping", {})
         modules = list(model.named_modules())
@@ -124,6 +128,13 @@ class ProbeWorker:
             return {"planted": self._assay_faults.plant(fault)}
         except Exception as error:  # see above
             return {"problem": f"{fault} could not be planted: {error!r}"}
+
+    def _assay_warm_up(self) -> None:
+        """What cannot be compiled is said when something is measured; until then it is no reason not to serve."""
+        try:
+            warm_up(self.model_runner.device)
+        except Exception:
+            log.exception("This engine cannot be measured: what compares distributions does not compile.")
 
     def _assay_guarded(self, work: Callable[[Scorer], dict[str, Any] | None]) -> dict[str, Any]:
         try:
