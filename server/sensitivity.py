@@ -2,7 +2,10 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
+
+from rich.markup import escape
 
 from server.alone import alone
 from server.checkpoints import Checkpoints
@@ -10,6 +13,7 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Steps
 from tiers.catalog import ModelShape
+from tiers.engine import gpu_environment
 from tiers.errors import BuildError, ConfigError
 from tiers.sensitivity.findings import Findings
 from tiers.sensitivity.study import Request
@@ -34,11 +38,14 @@ async def measure_sensitivity(
         steps: shown while it runs.
 
     Raises:
-        ConfigError: there is no such model, or the levels of another format than FP8 are asked for.
+        ConfigError: there is no such model, the levels of another format than FP8 are asked for, or nothing can be
+            written to ``out``.
         AssayError: its reference cannot be had, or measured.
     """
     check(by, number)
     reference = _reference_of(config, model)
+    if out is not None:
+        _make_writable(out)
     await Checkpoints(config, steps).prepare([reference])
     folder = (config.home / "sensitivity" / reference.model.replace("/", "--")).absolute()
     request = Request(
@@ -53,7 +60,7 @@ async def measure_sensitivity(
         context_length=reference.context_length or ModelShape.read(reference.checkpoint).max_position_embeddings,
     )
     with alone(folder, OCCUPIED, BuildError):
-        await _run(request, config.logs / f"sensitivity-{reference.slug}.log", steps)
+        await _run(request, reference, config.logs / f"sensitivity-{reference.slug}.log", steps)
     return Findings.model_validate_json(request.result.read_bytes()), request.result
 
 
@@ -68,8 +75,24 @@ def _reference_of(config: Config, model: str | None) -> Tier:
     return next(tier for tier in config.tiers if tier.model == name).reference
 
 
-async def _run(request: Request, log: Path, steps: Steps) -> None:
-    """Run the program and pass on what it says.
+def _make_writable(out: Path) -> None:
+    """See to it that what takes minutes can be written in the end.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: nothing can be written there ({error.strerror}): name a folder where it can."
+        ) from error
+
+
+async def _run(request: Request, reference: Tier, log: Path, steps: Steps) -> None:
+    """Run the program, on the reference's GPUs where there are any, and pass on what it says.
 
     Raises:
         BuildError: it ended without having measured.
@@ -77,7 +100,7 @@ async def _run(request: Request, log: Path, steps: Steps) -> None:
     with steps.step(f"Sensitivity of {request.model}") as step:
         process = await LocalProcess.start(
             [sys.executable, "-P", "-m", "tiers.sensitivity.program", request.model_dump_json()],
-            {"TOKENIZERS_PARALLELISM": "false"},
+            {"TOKENIZERS_PARALLELISM": "false"} | gpu_environment(reference),
             log,
             pipe_output=True,
         )
@@ -87,6 +110,8 @@ async def _run(request: Request, log: Path, steps: Steps) -> None:
                 event = json.loads(line)
                 if event["event"] == "error":
                     problem = event["text"]
+                elif event["event"] == "note":
+                    steps.console.print(f"[yellow]{escape(event['text'])}[/]", soft_wrap=True)
                 else:
                     step.progress(event["done"], event["of"])
                     step.detail(event["text"])

@@ -1,18 +1,30 @@
 """A model whose parts are quantized one by one: each phase feels what it should. Needs Transformers, no engine."""
 
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import transformers
 
 from tiers.catalog import ModelShape
 from tiers.conformance.pack import Answer
 from tiers.conformance.scores import PHASES
+from tiers.manifest import Manifest
+from tiers.sensitivity import program
 from tiers.sensitivity.model import Reading, ReferenceModel
+from tiers.sensitivity.study import Request
 from tiers.sensitivity.units import Format, Unit, units
 
 VOCABULARY = 300
+QUESTION = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""A chat template."""
 TEXT = torch.randint(0, VOCABULARY, (24,), generator=torch.Generator().manual_seed(4)).tolist()
 ANSWER = Answer(prompt_id="one", kind="chat", language="en", source="greedy", prompt=TEXT[:14], answer=TEXT[14:])
 NOTHING = Unit("nothing")
@@ -129,3 +141,79 @@ def test_in_decode_the_first_token_is_the_prompts(folder: Path, model: Reference
     exact = [model.final_states(ANSWER, NOTHING, "prefill")]
     scores = model.scores(cache, number, "decode", [ANSWER], exact)
     assert scores.position.tolist() == list(range(1, len(ANSWER.answer)))
+
+
+@pytest.fixture
+def told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Runs the program where a library prints and no model may be loaded; its events, in which nothing else is."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    request = Request(
+        model="Tiny",
+        checkpoint=folder,
+        packs=tmp_path,
+        folder=tmp_path,
+        out=tmp_path,
+        format="fp8",
+        by="part",
+        prompts=6,
+        context_length=8192,
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+
+    def talking(checkpoint: Path) -> PreTrainedTokenizerFast:
+        print("a library's line")
+        os.write(1, b"and one of C\n")
+        return tokenizer
+
+    def no_model(checkpoint: Path) -> None:
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", talking)
+    monkeypatch.setattr(ReferenceModel, "load", no_model)
+    monkeypatch.setattr(Manifest, "read", lambda checkpoint: SimpleNamespace(digest="a" * 64))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    before = os.dup(1)
+
+    def run(template: str | None = None, **changed: Any) -> list[dict[str, Any]]:
+        tokenizer.chat_template = template
+        monkeypatch.setattr(sys, "argv", ["", request.model_copy(update=changed).model_dump_json()])
+        with (tmp_path / "events").open("w+b") as events:
+            os.dup2(events.fileno(), 1)
+            assert program.main() == 1
+            return [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+
+    yield run
+    os.dup2(before, 1)
+    os.close(before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prompts": 5000}, "prompts can be measured, not 5000"),
+        ({"context_length": 100}, "A context of 100 tokens has no room"),
+        ({}, "has no chat template"),
+    ],
+)
+def test_what_is_refused_is_so_before_the_model_is_loaded(
+    told: Callable[..., Any], changed: dict[str, Any], said: str
+) -> None:
+    (event,) = told(**changed)
+    assert event["event"] == "error"
+    assert said in event["text"]
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_loaded(
+    told: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 28))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (event,) = told(QUESTION)
+    assert "and 0.2 GiB are free: free memory" in event["text"]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 36))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 29, 1 << 36))
+    (event,) = told(QUESTION)
+    assert "and 0.5 GiB are free: stop the engines on that GPU" in event["text"]

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from kernels.fakequant import Quantized, Scales, Scheme, dequantize, pack_int4, quantize, unpack_int4
+from kernels.fakequant import Scheme, dequantize, pack_int4, quantize, unpack_int4
 from tests.engines.conftest import CHECKPOINTS, LITE_RECIPE, LLAMA, MODEL, Server, run
 from tests.engines.test_0_fakequant import SCHEMES, assert_same_bits
 from tiers.catalog import ModelShape
@@ -23,9 +24,9 @@ CHATS = (
 )
 
 
-def linears(recipe: str) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def linears(checkpoint: Path) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """What the checkpoint has of each linear layer, and the reference's weight."""
-    reference, made = (CHECKPOINTS / MODEL / name / "model.safetensors" for name in ("bf16", recipe))
+    reference, made = (folder / "model.safetensors" for folder in (CHECKPOINTS / MODEL / "bf16", checkpoint))
     with safe_open(reference, "pt") as weights, safe_open(made, "pt") as tensors:
         for name in (key for key in weights.keys() if "_proj." in key):  # noqa: SIM118  # no mapping
             parts = ("", "_scale", "_packed", "_shape", "_zero_point")
@@ -38,7 +39,7 @@ def linears(recipe: str) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor
 
 def test_turbos_checkpoint_is_our_quantization_of_the_references_weights(assay: Server) -> None:
     count = 0
-    for held, weight in linears("fp8-dynamic"):
+    for held, weight in linears(CHECKPOINTS / MODEL / "fp8-dynamic"):
         ours = quantize(weight, SCHEMES["FP8 channel"])
         assert_same_bits(ours.values, held[""])
         assert_same_bits(ours.scales.scale, held["_scale"])
@@ -46,25 +47,33 @@ def test_turbos_checkpoint_is_our_quantization_of_the_references_weights(assay: 
     assert count == 210
 
 
-def test_lites_checkpoint_is_unpacked_as_compressed_tensors_unpacks_it(assay: Server) -> None:
-    """GPTQ chose the values; what they stand for is to be read."""
+def test_lites_checkpoint_is_our_quantization_of_the_references_weights_too(assay: Server) -> None:
+    """Its recipe rounds to nearest, so all of it is ours to say: scales, zero points, values and their packing."""
+    check_int4(CHECKPOINTS / MODEL / LITE_RECIPE)
+
+
+def check_int4(checkpoint: Path) -> None:
+    """Hold a checkpoint of asymmetric INT4 groups, rounded to nearest, against our quantization."""
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=32)
-    theirs = QuantizationScheme(targets=["Linear"], weights=args)
-    scheme = Scheme("int4", "group", 32, symmetric=False)
-    for number, (held, weight) in enumerate(linears(LITE_RECIPE)):
-        values = unpack_int4(held["_packed"], weight.shape[1])
-        zero = unpack_int4(held["_zero_point"].t().contiguous(), len(weight)).t()
-        scales = Scales(held["_scale"], zero)
-        assert values.shape == weight.shape
-        ours = dequantize(Quantized(values, scales), scheme)
-        assert (ours.float() - weight.float()).norm() < 0.2 * weight.float().norm()
-        assert_same_bits(pack_int4(values), held["_packed"])
-        if number % 42 == 0:  # theirs takes a tenth of a second each
-            state = {f"weight{part}": tensor for part, tensor in held.items()}
-            assert_same_bits(ours, PackedQuantizationCompressor.decompress(state, theirs)["weight"])
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    args = QuantizationArgs.model_validate(config["config_groups"]["group_0"]["weights"])
+    kind = QuantizationScheme(targets=["Linear"], weights=args)
+    scheme = Scheme("int4", "group", args.group_size or 0, symmetric=False)
+    chosen = [*islice(linears(checkpoint), 0, None, 6)]  # of a block's seven, one after the other
+    for held, weight in chosen:
+        ours = quantize(weight, scheme)
+        assert ours.scales.zero_point is not None
+        assert_same_bits(ours.scales.scale, held["_scale"])
+        assert_same_bits(pack_int4(ours.scales.zero_point.t()).t(), held["_zero_point"])
+        assert_same_bits(pack_int4(ours.values), held["_packed"])
+        assert_same_bits(unpack_int4(held["_packed"], weight.shape[1]), ours.values)
+    assert len(chosen) == 35
+    for held, weight in chosen[::7]:  # theirs takes a tenth of a second each
+        state = {f"weight{part}": tensor for part, tensor in held.items()}
+        theirs = PackedQuantizationCompressor.decompress(state, kind)["weight"]
+        assert_same_bits(dequantize(quantize(weight, scheme), scheme), theirs)
 
 
 def test_the_levels_of_the_embedded_model_rise(assay: Server) -> None:

@@ -50,17 +50,49 @@ def test_a_query_sees_the_keys_up_to_its_own(queries: int, keys: int) -> None:
     torch.testing.assert_close(attention(*given, SCALING).double(), exact(*given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9)])
-def test_in_fp8_it_is_near_that_of_its_rounded_operands_and_not_equal_to_it(queries: int, keys: int) -> None:
+def defined(given: Operands, scales: Operands, lifted: float = 256.0, *, summed_after: bool = False) -> "Tensor":
+    """FP8 attention by its words, float64: one query of one head at a time, each number the nearest that FP8 has.
 
-    from kernels.fakequant import fake_quantize, scales_of
+    ``lifted`` is what numerators are multiplied by before they are rounded; ``summed_after``, whether the
+    denominator is of rounded numerators.
+    """
+    import torch
+
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+
+    def nearest(x: "Tensor") -> "Tensor":
+        return numbers[(x.unsqueeze(-1) - numbers).abs().argmin(-1)]
+
+    query, key, value = (nearest(x.double() / s.double()) * s.double() for x, s in zip(given, scales, strict=True))
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    past = key.shape[2] - query.shape[2]
+    for head in range(HEADS):
+        k, v = (each[0, head // (HEADS // KEY_HEADS)] for each in (key, value))
+        for place in range(query.shape[2]):
+            seen = past + place + 1
+            products = k[:seen] @ query[0, head, place] * SCALING
+            numerators = (products - products.max()).exp()
+            rounded = nearest(numerators * lifted) / lifted
+            denominator = rounded.sum() if summed_after else numerators.sum()
+            out[0, head, place] = rounded @ v[:seen] / denominator
+    return out
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (20, 40)])
+def test_in_fp8_it_is_what_its_words_say_and_none_of_what_they_rule_out(queries: int, keys: int) -> None:
+    import torch
+
+    from kernels.fakequant import scales_of
     from kernels.fp8_attention import PER_TENSOR, OperandScales, attention_in_fp8
 
     given = operands(queries, keys)
     scales = OperandScales(*(scales_of(each, PER_TENSOR) for each in given))
+    plain = Operands(*(each.scale for each in scales))
     out = attention_in_fp8(*given, SCALING, scales).double()
-    rounded = exact(*(fake_quantize(each, PER_TENSOR) for each in given))
-    # What is left is the rounding of the probabilities: 4 bits, so at most 1/16 of each.
-    error = (out - rounded).norm() / rounded.norm()
-    assert 1e-4 < error < 1 / 16
-    assert (out - exact(*given)).norm() > (rounded - exact(*given)).norm() / 2
+    torch.testing.assert_close(out, defined(given, plain), rtol=1e-5, atol=1e-5)
+    others = {f"lifted by {lifted}": defined(given, plain, lifted) for lifted in (0.125, 1.0, 448.0)}
+    others["summed after rounding"] = defined(given, plain, summed_after=True)
+    others["not rounded"] = exact(*given)
+    for name, other in others.items():
+        assert (out - other).abs().max() > 1e-3, name

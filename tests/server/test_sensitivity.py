@@ -1,5 +1,6 @@
 """`assay sensitivity`: what it refuses before anything runs, what a shell completes, what it shows."""
 
+import asyncio
 import io
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+import server.sensitivity
 from server.cli import main
+from server.config import load_config
+from server.progress import Steps
 from server.sensitivity_cli import configured_models, sensitivity_table, steps_table
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_sensitivity import FP8, levels, scores
 from tiers.conformance.scores import Phase, Scores
 from tiers.sensitivity.findings import Findings, rows_of, steps_of
+from tiers.sensitivity.study import Request
 from tiers.sensitivity.units import By, units
 
 
@@ -32,6 +37,8 @@ def refused(*arguments: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> i
     [
         (("Llama-9",), "There is no model 'Llama-9' in this config; the models are SmolLM2-135M-Instruct."),
         (("--by", "level", "--format", "int4"), "leave out --format int4"),
+        (("--out", "/proc/1"), "--out /proc/1: nothing can be written there"),
+        (("--out", f"{__file__}/x"), "Not a directory): name a folder where it can."),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(
@@ -43,6 +50,50 @@ def test_what_cannot_be_measured_is_one_sentence(
 ) -> None:
     assert refused(*arguments, folder=tmp_path, monkeypatch=monkeypatch) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_program_sees_the_references_gpus_and_its_notes_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Program:
+        """What `LocalProcess` is, of a program that says one thing."""
+
+        output: asyncio.StreamReader
+        environment: dict[str, str]
+
+        @classmethod
+        async def start(cls, command: Any, environment: dict[str, str], log: Path, **_: Any) -> "Program":
+            cls.environment, cls.output = environment, asyncio.StreamReader()
+            cls.output.feed_data(b'{"event": "note", "text": "A pack [is] left out."}\n')
+            cls.output.feed_eof()
+            return cls()
+
+        async def wait(self) -> int:
+            return 0
+
+        async def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(server.sensitivity, "LocalProcess", Program)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    file = tmp_path / "c.yaml"
+    file.write_text("models: [{name: Mine, source: ./mine, tiers: {Reference: {gpus: [2]}}}]")
+    request = Request(
+        model="Mine",
+        checkpoint=tmp_path,
+        packs=tmp_path,
+        folder=tmp_path,
+        out=tmp_path,
+        format="fp8",
+        by="part",
+        prompts=6,
+        context_length=2048,
+    )
+    reference = load_config(file).tiers[0].reference
+    shown = io.StringIO()
+    asyncio.run(server.sensitivity._run(request, reference, tmp_path / "log", Steps(Console(file=shown))))
+    assert Program.environment["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "A pack [is] left out." in shown.getvalue()
 
 
 def test_a_shell_completes_the_configs_models(tmp_path: Path) -> None:

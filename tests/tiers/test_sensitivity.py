@@ -1,21 +1,29 @@
 """What each part costs and saves, and that what was measured is not measured again. Nothing here needs PyTorch."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.tiers.samples import make_scores
 from tests.tiers.test_recipe import SMOL
 from tiers.catalog import CATALOG
-from tiers.conformance.pack import Answer
+from tiers.conformance.extent import QUICK_TOKENS
+from tiers.conformance.pack import PACK_NAME, Answer, Origin, Pack
+from tiers.conformance.prompts import Prompt, load_prompts
 from tiers.conformance.scores import Phase, Scores
-from tiers.errors import ConfigError
+from tiers.errors import ConfigError, PlacementError
+from tiers.hardware import GIB
+from tiers.manifest import SHORT_DIGEST
+from tiers.sensitivity.answers import of_pack
 from tiers.sensitivity.findings import Findings, rows_of, steps_of
 from tiers.sensitivity.pictures import picture
-from tiers.sensitivity.study import KeptAnswers, Study
+from tiers.sensitivity.room import bytes_needed, check_room, weights_needed
+from tiers.sensitivity.study import KeptAnswers, Study, write_whole
 from tiers.sensitivity.units import BYS, FORMATS, By, Format, FormatName, Unit, check, units
 
 FP8 = Format.of("fp8", SMOL)
@@ -131,12 +139,13 @@ def test_who_was_interrupted_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert third == []
 
 
-def test_a_file_that_is_not_whole_is_measured_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [slice(0, -200), slice(0, 0)], ids=["its beginning", "nothing"])
+def test_a_file_that_is_not_whole_is_measured_again(tmp_path: Path, left: slice) -> None:
     chosen = units("level", SMOL, FP8)[:1]
     study = study_in(tmp_path)
     study.complete(chosen, counting([]))
     for file in study.folder.glob("*decode*.npz"):
-        file.write_bytes(file.read_bytes()[:-200])
+        file.write_bytes(file.read_bytes()[left])
     (study.folder / "1-feed-forward-decode-x.draft").write_bytes(b"half")
     again: list[str] = []
     study_in(tmp_path).complete(chosen, counting(again))
@@ -178,6 +187,87 @@ def test_an_answer_is_kept_for_its_prompt_alone(tmp_path: Path) -> None:
     assert kept.read("p0", [0]) is None
     assert KeptAnswers(tmp_path, "b", 48).read("p1", [1]) is None
     assert KeptAnswers(tmp_path, "a", 64).read("p1", [1]) is None
+
+
+def test_no_name_stands_for_what_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+
+    def lost(descriptor: int) -> None:
+        kept.extend(file.name for file in tmp_path.iterdir())
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match="the power is gone"):
+        write_whole(tmp_path / "a.npz", b"whole")
+    assert kept == ["a.draft"]
+
+
+def pack_in(folder: Path, tokens: list[int], prompts: Sequence[Prompt]) -> Path:
+    """A reference pack of checkpoint aaa… that has answers of these tokens."""
+    answers = [ANSWERS[0].model_copy(update={"prompt_id": each.id, "answer": tokens}) for each in prompts]
+    for answer in answers:
+        file = folder / answer.hidden
+        file.parent.mkdir(parents=True, exist_ok=True)
+        zeros = np.zeros(len(tokens), np.float32)
+        of_k = {"top": zeros[:, None].astype(np.int32), "ln_top": zeros[:, None]}
+        save_file({**of_k, "ln_rest": zeros, "ln_given": zeros}, file)
+    origin = Origin(model="M", checkpoint=DIGEST, tokenizer="t", template="t")
+    Pack.write(folder, origin, answers, engine="e", prompts="p", corpus="c", seed=0)
+    return folder
+
+
+DIGEST = "a" * 64
+
+
+def test_a_pack_that_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
+    prompts = load_prompts(quick=True)[:2]
+    name = f"m-{DIGEST[:SHORT_DIGEST]}"
+    whole = pack_in(tmp_path / f"{name}-1", [*range(QUICK_TOKENS + 5)], prompts)
+    older, damaged = (pack_in(tmp_path / f"{name}-{n}", [7, 8], prompts) for n in (2, 3))
+    contents = older / PACK_NAME
+    contents.write_text(contents.read_text().replace('"format": 2', '"format": 1'))
+    (damaged / "answers.parquet").write_bytes(b"half")
+    os.utime(whole / PACK_NAME, (1, 1))
+    notes: list[str] = []
+    found = of_pack(tmp_path, DIGEST, prompts, notes.append)
+    assert found is not None
+    by, answers = found
+    assert by == f"the reference pack in {whole}"
+    assert [each.answer for each in answers] == [[*range(QUICK_TOKENS)]] * 2
+    assert {"of format 1, not 2" in note for note in notes} == {True, False}
+    assert any(f"{damaged / 'answers.parquet'} is missing or not what it was" in note for note in notes)
+
+    (whole / PACK_NAME).write_text("{")
+    assert of_pack(tmp_path, DIGEST, prompts, notes.append) is None, "then the model answers"
+    assert len(notes) == 5
+    assert of_pack(tmp_path, DIGEST.replace("a", "b"), prompts, notes.append) is None
+    assert len(notes) == 5, "packs of other checkpoints are none of ours"
+
+
+def test_what_is_needed_is_the_weights_in_fp32_and_what_is_quantized_beside_them() -> None:
+    llama = CATALOG[0].shape
+    every = units("level", llama, FP8)[1]
+    head = next(each for each in units("part", llama, FP8) if each.name == "head")
+    nothing = bytes_needed(llama, [Unit("nothing")], 1000)
+    assert weights_needed(llama) == 4 * llama.parameters < nothing < 1.1 * weights_needed(llama)
+    assert bytes_needed(llama, [every], 1000) > nothing + 4 * llama.linear_weights
+    assert bytes_needed(llama, [head], 1000) > nothing + 4 * llama.vocab_size * llama.hidden_size
+    assert bytes_needed(llama, [head, every], 1000) == bytes_needed(llama, [every, head], 1000)
+    attention = replace(every, attention=True)
+    products = 4 * llama.num_attention_heads * 9000**2
+    assert bytes_needed(llama, [attention], 9000) > bytes_needed(llama, [Unit("nothing")], 9000) + products
+
+
+def test_a_model_that_does_not_fit_is_one_sentence_with_both_figures() -> None:
+    llama, needed = CATALOG[0].shape, 60 * GIB
+    check_room("M", llama, needed, free=needed, gpu_free=None)
+    with pytest.raises(PlacementError, match=r"about 60\.0 GiB of memory, 29\.9 GiB .* 24\.0 GiB are free: "):
+        check_room("M", llama, needed, free=24 * GIB, gpu_free=None)
+    check_room("M", llama, needed, free=40 * GIB, gpu_free=needed)
+    with pytest.raises(PlacementError, match=r"about 60\.0 GiB of a GPU, .* 50\.0 GiB are free: stop the engines"):
+        check_room("M", llama, needed, free=400 * GIB, gpu_free=50 * GIB)
+    with pytest.raises(PlacementError, match=r"30\.9 GiB of memory"):
+        check_room("M", llama, needed, free=24 * GIB, gpu_free=80 * GIB)
 
 
 def levels() -> tuple[tuple[Unit, ...], dict[tuple[str, Phase], Scores]]:

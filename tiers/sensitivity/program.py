@@ -2,56 +2,74 @@
 
 usage: python -m tiers.sensitivity.program REQUEST
 
-REQUEST is a `study.Request` as JSON. Standard output gets a JSON object a line: ``event`` is progress or error,
-``text`` says what, and of progress ``done`` and ``of`` how much. The table and the picture are written into the
-request's ``out``.
+REQUEST is a `study.Request` as JSON. Standard output gets a JSON object a line: ``event`` is progress, note or
+error, ``text`` says what, and of progress ``done`` and ``of`` how much. Whatever libraries print goes to standard
+error. The table and the picture are written into the request's ``out``.
 """
 
 import importlib.metadata
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from tiers.calibration import PROMPTS as CALIBRATION_PROMPTS
 from tiers.catalog import ModelShape
 from tiers.conformance.extent import QUICK_TOKENS, Asked, Extent
-from tiers.conformance.pack import PACK_NAME, Answer, Pack
-from tiers.conformance.prompts import Prompt
+from tiers.conformance.pack import Answer
 from tiers.conformance.scores import Phase, Scores
-from tiers.errors import AssayError, BuildError
-from tiers.manifest import SHORT_DIGEST, Manifest
+from tiers.errors import AssayError
+from tiers.manifest import Manifest
+from tiers.sensitivity.answers import answered, of_pack, unanswered
 from tiers.sensitivity.findings import Findings, rows_of, steps_of
 from tiers.sensitivity.model import ReferenceModel
 from tiers.sensitivity.pictures import picture
-from tiers.sensitivity.study import KeptAnswers, Request, Study
+from tiers.sensitivity.room import bytes_needed, check_room
+from tiers.sensitivity.study import KeptAnswers, Request, Study, write_whole
 from tiers.sensitivity.units import Format, Unit, units
 
 _CALIBRATION = 32
 """Questions that static scales are found on; none of them is measured."""
 
+Tell = Callable[..., None]
+"""Writes an event."""
 
-def measure(request: Request) -> Findings:
-    """Do it, or what is left of it.
+
+def measure(request: Request, tell: Tell) -> Findings:
+    """Do it, or what is left of it; whatever can be refused is refused before the model is loaded.
 
     Raises:
-        AssayError: the checkpoint, the prompts or a pack are not what they should be.
+        AssayError: the checkpoint, the prompts or the memory are not what they should be.
     """
+
+    def say(done: float, of: int, what: str) -> None:
+        tell(event="progress", done=done, of=of, text=what)
+
     shape = ModelShape.read(request.checkpoint)
     number = Format.of(request.format, shape)
     chosen = units(request.by, shape, number)
     digest = Manifest.read(request.checkpoint).digest
-    _say(0, 0, "loading the reference")
+    prompts = Extent.of(Asked(quick=True, prompts=request.prompts), request.context_length).prompts
+    packed = of_pack(request.packs, digest, prompts, lambda text: tell(event="note", text=text))
+    answers_by, asked = packed or ("Transformers, greedily", unanswered(request.checkpoint, prompts))
+    longest = max(len(each.prompt) for each in asked) + QUICK_TOKENS
+    gpu_free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    needed = bytes_needed(shape, chosen, longest)
+    check_room(request.model, shape, needed, psutil.virtual_memory().available, gpu_free)
+
+    say(0, 0, "loading the reference")
     model = ReferenceModel.load(request.checkpoint)
-    asked = Asked(quick=True, prompts=request.prompts)
-    prompts = Extent.of(asked, request.context_length).prompts
-    answers_by, answers = _answers(request, digest, prompts, model)
+    kept = KeptAnswers(request.folder, digest, QUICK_TOKENS)
+    answers = asked if packed else answered(asked, kept, model.answer, say)
     computed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     study = Study.of(request.folder, digest, answers, number, f"{computed}, {model.model.device.type}")
-    measured = study.complete(chosen, _Measurer(model, number, answers, request.checkpoint).measure)
+    measured = study.complete(chosen, _Measurer(model, number, answers, request.checkpoint, say).measure)
     return Findings(
         model=request.model,
         checkpoint=digest,
@@ -66,73 +84,36 @@ def measure(request: Request) -> Findings:
     )
 
 
-def _answers(
-    request: Request, digest: str, prompts: Sequence[Prompt], model: ReferenceModel
-) -> tuple[str, list[Answer]]:
-    """Those of a reference pack that has all these prompts, or greedy ones, and who gave them."""
-    found = sorted(request.packs.glob(f"*-{digest[:SHORT_DIGEST]}-*/{PACK_NAME}"), key=_age)
-    for file in found:
-        pack = Pack.read(file.parent)
-        known = {each.prompt_id: each for each in pack.prompts_asked if len(each.answer) > 1}
-        if pack.origin.checkpoint == digest and all(prompt.id in known for prompt in prompts):
-            cut = [known[prompt.id] for prompt in prompts]
-            cut = [each.model_copy(update={"answer": each.answer[:QUICK_TOKENS]}) for each in cut]
-            return f"the reference pack in {pack.folder}", cut
-    tokenizer = AutoTokenizer.from_pretrained(request.checkpoint)
-    if not tokenizer.chat_template:
-        raise BuildError(
-            f"{request.checkpoint} has no chat template: it can only be measured along a reference pack."
-        )
-    kept = KeptAnswers(request.folder, digest, QUICK_TOKENS)
-    answers = []
-    for done, prompt in enumerate(prompts):
-        _say(done, len(prompts), f"answers: {prompt.id}")
-        text = tokenizer.apply_chat_template(
-            [*prompt.messages], tools=[*prompt.tools] or None, tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer = kept.read(prompt.id, ids)
-        if answer is None:
-            answer = Answer(
-                prompt_id=prompt.id,
-                kind=prompt.kind,
-                language=prompt.language,
-                source="greedy",
-                prompt=ids,
-                answer=model.answer(ids, QUICK_TOKENS),
-            )
-            kept.write(answer)
-        if len(answer.answer) > 1:  # one that ends at once has nothing to decode
-            answers.append(answer)
-    return "Transformers, greedily", answers
-
-
-def _age(file: Path) -> float:
-    return -file.stat().st_mtime
-
-
 class _Measurer:
     """Measures units along the same answers; what they need of the reference is computed once, and when needed."""
 
-    def __init__(self, model: ReferenceModel, number: Format, answers: Sequence[Answer], checkpoint: Path) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        number: Format,
+        answers: Sequence[Answer],
+        checkpoint: Path,
+        say: Callable[[float, int, str], None],
+    ) -> None:
         self._model = model
         self._number = number
         self._answers = answers
         self._checkpoint = checkpoint
+        self._say = say
         self._exact: list[Tensor] = []
 
     def measure(self, unit: Unit, phase: Phase, done: int, of: int) -> Scores:
         """One unit in one phase; so many are done, of so many."""
         count = len(self._answers)
         for place in range(len(self._exact), count):
-            _say(done, of, f"the reference: {place} of {count} answers")
+            self._say(done, of, f"the reference: {place} of {count} answers")
             self._exact.append(self._model.final_states(self._answers[place], Unit("reference"), "prefill"))
         if (unit.kv_cache or unit.attention) and not self._model.scales:
-            _say(done, of, "scales of queries, keys and values")
+            self._say(done, of, "scales of queries, keys and values")
             self._model.calibrate(list(_calibration(self._checkpoint)))
 
         def on_answer(place: int) -> None:
-            _say(done + place / count, of, f"{unit.name}, {phase}: {place} of {count} answers")
+            self._say(done + place / count, of, f"{unit.name}, {phase}: {place} of {count} answers")
 
         return self._model.scores(unit, self._number, phase, self._answers, self._exact, on_answer)
 
@@ -148,24 +129,23 @@ def _calibration(checkpoint: Path) -> Iterator[list[int]]:
         yield tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
-def _say(done: float, of: int, what: str) -> None:
-    print(json.dumps({"event": "progress", "done": done, "of": of, "text": what}), flush=True)
-
-
 def main() -> int:
     """Measure, and write what was found."""
+    events, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)  # what libraries print is no event
+
+    def tell(**event: object) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
     request = Request.model_validate_json(sys.argv[1])
     try:
-        findings = measure(request)
+        findings = measure(request, tell)
     except AssayError as problem:
-        print(json.dumps({"event": "error", "text": str(problem)}), flush=True)
+        tell(event="error", text=str(problem))
         return 1
     request.out.mkdir(parents=True, exist_ok=True)
-    for ending, content in ((".json", findings.model_dump_json(indent=2) + "\n"), (".svg", picture(findings))):
-        file = request.result.with_suffix(ending)
-        draft = file.with_suffix(f"{ending}.draft")
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(file)
+    write_whole(request.result, findings.model_dump_json(indent=2).encode() + b"\n")
+    write_whole(request.result.with_suffix(".svg"), picture(findings).encode())
     return 0
 
 

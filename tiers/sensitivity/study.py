@@ -5,8 +5,10 @@ Every file is written whole or not at all, and lies in a folder that is named by
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -82,7 +84,7 @@ class Study:
         }
         study = cls(folder / _mark(facts), facts)
         study.folder.mkdir(parents=True, exist_ok=True)
-        _write(study.folder / _FACTS, json.dumps(facts, indent=2).encode() + b"\n")
+        write_whole(study.folder / _FACTS, json.dumps(facts, indent=2).encode() + b"\n")
         return study
 
     def complete(self, units: Sequence[Unit], measure: Callable[[Unit, Phase, int, int], Scores]) -> Measured:
@@ -106,16 +108,14 @@ class Study:
         try:
             with np.load(self._file(unit, phase), allow_pickle=False) as columns:
                 return Scores.of(columns)
-        except (OSError, ValueError, BadZipFile):
+        except (OSError, EOFError, ValueError, BadZipFile):  # EOFError: it is empty
             return None
 
     def write(self, unit: Unit, phase: Phase, scores: Scores) -> None:
         """Keep it."""
-        file = self._file(unit, phase)
-        draft = file.with_suffix(".draft")
-        with draft.open("wb") as stream:
-            np.savez(stream, **scores.columns())  # type: ignore[arg-type]  # none is named allow_pickle
-        draft.replace(file)
+        content = BytesIO()
+        np.savez(content, **scores.columns())  # type: ignore[arg-type]  # none is named allow_pickle
+        write_whole(self._file(unit, phase), content.getvalue())
 
     def _file(self, unit: Unit, phase: Phase) -> Path:
         # A unit of this name may be of other layers some day.
@@ -140,7 +140,7 @@ class KeptAnswers:
     def write(self, answer: Answer) -> None:
         """Keep it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        _write(self._file(answer.prompt_id), answer.model_dump_json().encode())
+        write_whole(self._file(answer.prompt_id), answer.model_dump_json().encode())
 
     def _file(self, prompt_id: str) -> Path:
         return self._folder / f"{prompt_id}.json"
@@ -150,7 +150,11 @@ def _mark(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
+    """Put it under its name only when all of it is on the disk: after a power cut too it is whole or absent."""
     draft = file.with_suffix(".draft")
-    draft.write_bytes(content)
+    with draft.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     draft.replace(file)
