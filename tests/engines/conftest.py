@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,24 +120,20 @@ def wait_until(condition: Any, seconds: float, what: str) -> float:
 
 
 @contextmanager
-def serving(folder: Path, config: str, port: int) -> Iterator[Server]:
-    """`assay serve` with this config, all its tiers ready; ended with the block."""
+def starting(folder: Path, config: str, port: int, *options: str) -> Iterator[Server]:
+    """`assay serve` with this config; ended with the block."""
     log, file = folder / "serve.log", folder / "config.yaml"
     file.write_text(config)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("assay")), "serve", "--config", str(file)],
+            [str(Path(sys.executable).with_name("assay")), "serve", *options, "--config", str(file)],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             start_new_session=True,
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
-        wait_until(lambda: server.is_ready() or process.poll() is not None, START_S, "all tiers ready")
-        if process.poll() is not None:
-            pytest.fail(f"assay serve ended:\n{log.read_text()}")
-        yield server
+        yield Server(process, f"http://127.0.0.1:{port}", log)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -146,6 +142,14 @@ def serving(folder: Path, config: str, port: int) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
+
+
+def wait_for(server: Server, is_there: Callable[[], bool], what: str) -> Server:
+    """The server, when that is so; a failure if it ends first."""
+    wait_until(lambda: is_there() or server.process.poll() is not None, START_S, what)
+    if server.process.poll() is not None:
+        pytest.fail(f"assay serve ended:\n{server.log.read_text()}")
+    return server
 
 
 def home_in(folder: Path) -> Path:
@@ -185,8 +189,24 @@ def run(*arguments: str, check: bool = False) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, timeout=400, check=check)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _at_once(request: pytest.FixtureRequest) -> None:
+    """Checkpoints are built on one core: what needs no engine is tested meanwhile on the other."""
+    if is_needed(request, "assay"):
+        request.getfixturevalue("under_way")
+
+
 @pytest.fixture(scope="session")
-def assay(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
+def assay(under_way: Server) -> Server:
+    """All tiers of both models, ready."""
+    server = wait_for(under_way, under_way.is_ready, "all tiers ready")
+    server.remember_processes()
+    return server
+
+
+@pytest.fixture(scope="session")
+def under_way(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
+    """The same, from its start on."""
     folder = tmp_path_factory.mktemp("server")
     home = home_in(folder)
     port = free_port()
@@ -213,6 +233,19 @@ models:
       Turbo: {{kv_cache_gib: 0.1}}
       Lite: {{kv_cache_gib: 0.1}}
 """
-    with serving(folder, config, port) as server:
-        server.remember_processes()
+    with starting(folder, config, port) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def forged_under_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a forged checkpoint, from its start on."""
+    from tests.engines.forging import forged  # it builds on this module
+
+    with forged(tmp_path_factory.mktemp("forged")) as server:
+        yield server
+
+
+def is_needed(request: pytest.FixtureRequest, name: str) -> bool:
+    """Whether any test of this run asks for that fixture."""
+    return any(name in getattr(each, "fixturenames", ()) for each in request.session.items)

