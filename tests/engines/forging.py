@@ -37,7 +37,7 @@ def config_of(home: Path, port: int, *tiers: str) -> str:
 
 @contextmanager
 def forged(folder: Path) -> Iterator[Server]:
-    """A server, from its start on, whose Turbo is the Lite checkpoint under a manifest that says Turbo and fits."""
+    """A server, from its start on, whose Turbo is the Lite checkpoint under a manifest that says Turbo."""
     home = home_with_reference(folder)
     turbo = home / "checkpoints" / MODEL / TURBO
     shutil.copytree(BUILT / LITE, turbo)
