@@ -10,11 +10,10 @@ from server.config import Config
 from server.launch.local import LocalProcess
 from server.progress import Steps
 from tiers.catalog import ModelShape
-from tiers.errors import BuildError, ConfigError
+from tiers.errors import BuildError
 from tiers.sensitivity.findings import Findings
 from tiers.sensitivity.study import Request
 from tiers.sensitivity.units import By, FormatName, check
-from tiers.tier import Tier
 
 OCCUPIED = BuildError("Another assay measures sensitivity in this home: wait for it.")
 
@@ -38,7 +37,7 @@ async def measure_sensitivity(
         AssayError: its reference cannot be had, or measured.
     """
     check(by, number)
-    reference = _reference_of(config, model)
+    reference = config.reference_of(model)
     await Checkpoints(config, steps).prepare([reference])
     folder = (config.home / "sensitivity" / reference.model.replace("/", "--")).absolute()
     request = Request(
@@ -55,17 +54,6 @@ async def measure_sensitivity(
     with alone(folder, OCCUPIED, BuildError):
         await _run(request, config.logs / f"sensitivity-{reference.slug}.log", steps)
     return Findings.model_validate_json(request.result.read_bytes()), request.result
-
-
-def _reference_of(config: Config, model: str | None) -> Tier:
-    """The reference of a model, which need not be served."""
-    known = {each.name.lower(): each.name for each in config.models}
-    name = config.models[0].name if model is None else known.get(model.lower())
-    if name is None:
-        raise ConfigError(
-            f"There is no model {model!r} in this config; the models are {', '.join(known.values())}."
-        )
-    return next(tier for tier in config.tiers if tier.model == name).reference
 
 
 async def _run(request: Request, log: Path, steps: Steps) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from server.cli import main
-from server.sensitivity_cli import configured_models, sensitivity_table, steps_table
+from server.console import configured_models
+from server.sensitivity_cli import sensitivity_table, steps_table
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_sensitivity import FP8, levels, scores
 from tiers.conformance.scores import Phase, Scores
