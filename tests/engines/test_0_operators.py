@@ -1,7 +1,7 @@
 """vLLM's operators are held to their definitions, and what is broken in them is found. In this one process.
 
-On the tiny Llama's widths and activations: `llama3` scaling, grouped heads and a head of its own; what a row of
-`assay operators` takes at Llama-3.1-8B's widths is for its users to wait for.
+On the tiny Llama's widths and activations: `llama3` scaling, grouped heads and a head of its own. Errors are
+planted at Llama-3.1-8B's widths too, in the slow tests.
 """
 
 import json
