@@ -185,6 +185,19 @@ class Config(Patience):
         mine = (model.tiers.get(tier.kind) for model in self.models if model.name == tier.model)
         return next((each.budget for each in mine if each and each.budget), PUBLISHED[tier.kind])
 
+    def reference_of(self, model: str | None) -> Tier:
+        """The reference of one of the models, the first by default; it need not be served.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        names = [each.name for each in self.models]
+        wanted = names[0] if model is None else model
+        for tier in self.tiers:
+            if tier.model.lower() == wanted.lower():
+                return tier.reference
+        raise ConfigError(f"There is no model {model!r} in this config; the models are {', '.join(names)}.")
+
     @property
     def logs(self) -> Path:
         """Where engines write."""

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from server.config import load_config
 from server.fleet import Fleet
 from server.tables import show, table
-from tiers.errors import ConfigError
+from tiers.errors import AssayError, ConfigError
 from tiers.tier import TierKind
 
 out = Console(highlight=False)
@@ -36,6 +37,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 def tier_names(incomplete: str) -> list[str]:
     """Grades of tiers that begin so, for a shell to complete."""
     return [kind.value for kind in TierKind if kind.value.lower().startswith(incomplete.lower())]
+
+
+def configured_models(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the config's models that begin so, for a shell to complete."""
+    try:
+        settings = load_config(context.params.get("config"))
+    except AssayError:
+        return []  # a shell has no place for a sentence
+    return [each.name for each in settings.models if each.name.lower().startswith(incomplete.lower())]
 
 
 def log_to(console: Console) -> None:

@@ -7,21 +7,27 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
 from typing import Annotated
 
+import psutil
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from server.alone import alone
 from server.checkpoints import Checkpoints
 from server.config import Config, load_config
-from server.console import ConfigOption, JsonOption, err, log_to, out
+from server.console import ConfigOption, JsonOption, configured_models, err, log_to, out
 from server.launch.local import LocalProcess
 from server.progress import Step, Steps
 from server.tables import show, table
+from tiers.catalog import ModelShape
 from tiers.engine import installed_backend, vllm_environment
 from tiers.errors import ConfigError, OperatorsError
+from tiers.memory import weights_of
 from tiers.operators.findings import Finding
-from tiers.operators.listing import OPERATORS, PLANTS, operator_names
+from tiers.operators.listing import PLANTS, operator_names
 from tiers.tier import Tier
+
+OCCUPIED = OperatorsError("Another assay runs the operators in this home: wait for it, or set `home`.")
 
 
 def _operators(incomplete: str) -> list[str]:
@@ -32,7 +38,10 @@ def operators(
     config: ConfigOption = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The config's model that gives the activations; by default its first."),
+        typer.Option(
+            help="The config's model that gives the activations; by default its first.",
+            autocompletion=configured_models,
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -56,17 +65,19 @@ def operators(
     definitions: errors are told in ulps of the result's precision, beside what rounding explains of them. A row a
     layer and its widths, the case nearest to its bounds; --json has every case. Exits with 1 if one FAILs.
 
+    Takes the memory of the model's reference, whole, and then about 9 GB at Llama-3.1-8B's widths.
+
     Example: assay operators --only rope --only attention
     """
     log_to(err)
     settings = load_config(config)
-    tier = _reference(settings, model)
-    _check(only or [], plant)
-    options = [option for name in only or [] for option in ("--only", name)]
+    tier = settings.reference_of(model)
+    chosen = chosen_operators(only or [], plant)
+    options = [option for name in chosen for option in ("--only", name)]
     options += ["--own-widths"] if own_widths else []
     options += ["--plant", plant] if plant else []
-    with Steps(err) as steps:
-        found = asyncio.run(_run(settings, tier, options, steps))
+    with alone(settings.home / "operators", OCCUPIED, OperatorsError), Steps(err) as steps:
+        found = asyncio.run(_run(settings, tier, chosen, options, steps))
     if as_json:
         out.print_json(json.dumps([json.loads(each.model_dump_json()) for each in found]))
     else:
@@ -78,36 +89,48 @@ def operators(
         raise typer.Exit(1)
 
 
-def _reference(settings: Config, model: str | None) -> Tier:
-    """Of the model that is asked for.
+def chosen_operators(only: Sequence[str], plant: str | None) -> list[str]:
+    """Names of the operators that are run, each once: those asked for, or the one that is broken, or all.
 
     Raises:
-        ConfigError: it is not in the config.
+        ConfigError: there is no such operator, or no such error to plant.
     """
-    names = [each.name for each in settings.models]
-    for tier in settings.tiers:
-        if model is None or tier.model.lower() == model.lower():
-            return tier.reference
-    raise ConfigError(f"There is no model {model!r} in this config; the models are {', '.join(names)}.")
-
-
-def _check(only: Sequence[str], plant: str | None) -> None:
     for name in only:
         if name not in operator_names():
             raise ConfigError(f"There is no operator {name!r}; the operators are {', '.join(operator_names())}.")
-    plants = [each.name for each in PLANTS]
+    plants = {each.name: each.operator for each in PLANTS}
     if plant is not None and plant not in plants:
         raise ConfigError(f"There is no planted error {plant!r}; there are {', '.join(plants)}.")
+    asked = only or ([plants[plant]] if plant else operator_names())
+    return [name for name in operator_names() if name in asked]
 
 
-async def _run(settings: Config, tier: Tier, options: Sequence[str], steps: Steps) -> list[Finding]:
+def check_memory(tier: Tier) -> None:
+    """Hold the reference, which is in memory whole while activations are taken from it, against what is free.
+
+    Raises:
+        OperatorsError: it does not fit.
+    """
+    needed = weights_of(ModelShape.read(tier.checkpoint), tier.recipe).total
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise OperatorsError(
+            f"Activations of {tier.model} are taken from {needed / 1e9:.1f} GB of weights, all in memory, "
+            f"and {free / 1e9:.1f} GB are free: choose a smaller one with --model, or a larger machine."
+        )
+
+
+async def _run(
+    settings: Config, tier: Tier, chosen: Sequence[str], options: Sequence[str], steps: Steps
+) -> list[Finding]:
     """In a process of its own, with what an engine of this machine is given: the gateway holds no vLLM.
 
     Raises:
-        AssayError: the checkpoint cannot be had, or the process ended without having done it.
+        AssayError: the checkpoint cannot be had or loaded, or the process ended without having done it.
     """
     await Checkpoints(settings, steps).prepare([tier])
-    with steps.step(f"{len(OPERATORS) if '--only' not in options else options.count('--only')} operators") as step:
+    check_memory(tier)
+    with steps.step(f"{len(chosen)} operator{'s' * (len(chosen) != 1)}") as step:
         log = settings.logs / "operators.log"
         process = await LocalProcess.start(
             [sys.executable, "-P", "-m", "tiers.operators", str(tier.checkpoint), *options],

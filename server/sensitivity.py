@@ -43,7 +43,7 @@ async def measure_sensitivity(
         AssayError: its reference cannot be had, or measured.
     """
     check(by, number)
-    reference = _reference_of(config, model)
+    reference = config.reference_of(model)
     if out is not None:
         _make_writable(out)
     await Checkpoints(config, steps).prepare([reference])
@@ -62,17 +62,6 @@ async def measure_sensitivity(
     with alone(folder, OCCUPIED, BuildError):
         await _run(request, reference, config.logs / f"sensitivity-{reference.slug}.log", steps)
     return Findings.model_validate_json(request.result.read_bytes()), request.result
-
-
-def _reference_of(config: Config, model: str | None) -> Tier:
-    """The reference of a model, which need not be served."""
-    known = {each.name.lower(): each.name for each in config.models}
-    name = config.models[0].name if model is None else known.get(model.lower())
-    if name is None:
-        raise ConfigError(
-            f"There is no model {model!r} in this config; the models are {', '.join(known.values())}."
-        )
-    return next(tier for tier in config.tiers if tier.model == name).reference
 
 
 def _make_writable(out: Path) -> None:

@@ -10,10 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.config import load_config
-from server.console import ConfigOption, JsonOption, err, log_to, out
+from server.console import ConfigOption, JsonOption, configured_models, err, log_to, out
 from server.progress import Steps
 from server.tables import KIB, show, table
-from tiers.errors import AssayError
 
 if TYPE_CHECKING:
     from tiers.conformance.findings import Estimate
@@ -34,15 +33,6 @@ class By(StrEnum):
     LAYER = "layer"
     PART = "part"
     LEVEL = "level"
-
-
-def configured_models(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of the config's models that begin so, for a shell to complete."""
-    try:
-        settings = load_config(context.params.get("config"))
-    except AssayError:
-        return []  # a shell has no place for a sentence
-    return [each.name for each in settings.models if each.name.lower().startswith(incomplete.lower())]
 
 
 def sensitivity(

@@ -46,7 +46,7 @@ RUN_BY = {
         "tests/engines/test_1_sensitivity.py::test_the_command_measures_and_goes_on_where_it_was"
     ),
     ".venv/bin/assay operators": (
-        "tests/engines/test_0_operators.py::test_the_command_runs_them_in_a_process_of_their_own_and_exits_with_what"
+        "tests/engines/test_1_operators.py::test_the_command_runs_them_in_a_process_of_their_own_and_exits_with_what"
     ),
     ".venv/bin/assay certificate keygen key.pem": CERTIFIED,
     ".venv/bin/assay certificate verify": (

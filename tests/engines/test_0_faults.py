@@ -3,20 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from torch import nn
 
-from tests.engines.conftest import Server
 from tiers.conformance.faults import FAULTS, LOGITS_SCALE
 from tiers.probe.faults import Faults
 from tiers.probe.planting import Front
-from tiers.probe.reading import FAULT_ROUTE, MAY_PLANT, READING_ROUTE
+from tiers.probe.reading import MAY_PLANT
 from tiers.probe.routes import ProbeRoutes
 from tiers.probe.worker import ProbeWorker
-
-pytestmark = pytest.mark.timeout(1200)  # one of them is the first to need the engines, and all checkpoints
 
 LAYERS = 4
 
@@ -207,14 +203,6 @@ class Core:
 class Renderer:
     def get_eos_token_id(self) -> int:
         return 7
-
-
-def test_a_serving_engine_has_no_way_to_be_broken(assay: Server) -> None:
-    key = assay.engine("Turbo")[0].environ()["VLLM_API_KEY"]
-    address, headers = f"http://127.0.0.1:{assay.engine_port('Turbo')}", {"authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=address, headers=headers, timeout=60) as engine:
-        assert engine.post(FAULT_ROUTE, json={"fault": "layer-dropped"}).status_code == 404
-        assert [worker["takes_faults"] for worker in engine.get(READING_ROUTE).json()] == [False]
 
 
 async def test_what_stands_before_the_model_is_broken_there() -> None:

@@ -1,13 +1,12 @@
 """vLLM's operators are held to their definitions, and what is broken in them is found. In this one process.
 
-On the tiny Llama's widths and activations: `llama3` scaling, grouped heads and a head of its own; what a row of
-`assay operators` takes at Llama-3.1-8B's widths is for its users to wait for.
+On the tiny Llama's widths and activations: `llama3` scaling, grouped heads and a head of its own. Errors are
+planted at Llama-3.1-8B's widths too, in the slow tests.
 """
 
-import json
 import os
-import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from unittest import mock
 import pytest
 
 from server.config import Config
-from tests.engines.conftest import MODEL, home_in
 from tiers.engine import vllm_environment
 from tiers.operators.findings import Finding
 from tiers.operators.listing import OPERATORS, PLANTS, Plant
@@ -102,10 +100,60 @@ def test_a_cache_that_cuts_off_is_found(inputs: Any, cutting: Any, monkeypatch: 
     assert {each.outcome for each in held(inputs, ["attention-fp8-kv"])} == {"FAIL"}
 
 
-def test_the_command_runs_them_in_a_process_of_their_own_and_exits_with_what_was_found(tmp_path: Path) -> None:
-    environment = os.environ | {"ASSAY_HOME": str(home_in(tmp_path))}
-    command = [ASSAY, "operators", "--only", "greedy", "--own-widths", "--json", "--plant", "second-best"]
-    ran = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=250)
-    assert ran.returncode == 1, ran.stderr
-    (broken,) = [Finding.model_validate(each) for each in json.loads(ran.stdout)]
-    assert (broken.operator, broken.outcome, broken.widths) == ("greedy", "FAIL", MODEL)
+def test_a_backend_that_rounds_queries_is_absent_and_no_failure(inputs: Any) -> None:
+    from tiers.operators.__main__ import findings
+
+    def quantize(one: Any) -> None:
+        one.attention.query_quant = object()
+
+    (found,) = findings(inputs, ["attention-fp8-kv"], quantize)
+    assert found.outcome == "absent"
+    assert "rounds queries to FP8" in found.reason
+
+
+def test_weights_are_stored_as_checkpoints_have_them(inputs: Any) -> None:
+    import torch
+
+    from kernels.fakequant import Scheme, fake_quantize
+    from tiers.operators.storing import stored
+
+    weight = inputs.weights["o_proj.weight"]
+    group = inputs.shape.group
+    fp8 = stored(inputs, "fp8").parts["o_proj"]
+    read = fp8["weight"].double() * fp8["weight_scale"].double()
+    assert torch.equal(read, fake_quantize(weight, Scheme("fp8", "channel"), dtype=torch.float64))
+    for symmetric in (True, False):
+        scheme = Scheme("int4", "group", group, symmetric=symmetric)
+        packed = stored(inputs, "int4" if symmetric else "int4-asymmetric").packed("o_proj")
+        assert torch.equal(packed.values(), fake_quantize(weight, scheme, dtype=torch.float64))
+
+
+def test_what_a_checkpoint_would_hold_is_not_kept(inputs: Any) -> None:
+    from tiers.operators.bench import Bench
+
+    on_disk = Bench(inputs).layer("bf16").stored
+    assert on_disk.tensors == []
+    assert on_disk.fused("o_proj", "weight").shape == inputs.weights["o_proj.weight"].shape
+
+
+def test_a_model_is_gone_before_the_next_one_is_built(inputs: Any) -> None:
+    from tiers.operators.bench import Bench
+
+    bench = Bench(inputs)
+    model = weakref.ref(bench.layer("bf16").model)
+    bench.layer("fp8")
+    assert model() is None
+
+
+@pytest.fixture(scope="module")
+def wide(inputs: Any) -> Any:
+    """Values like the tiny Llama's at Llama-3.1-8B's widths."""
+    from tiers.operators.inputs import LLAMA_8B, Shape, drawn_like
+
+    return drawn_like(inputs, Shape("Llama-3.1-8B", LLAMA_8B))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_what_is_planted_is_found_at_the_widths_of_8b(wide: Any, plant: Plant) -> None:
+    assert any(each.outcome == "FAIL" for each in held(wide, [plant.operator], plant.name))

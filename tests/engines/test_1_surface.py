@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.engines.conftest import LLAMA, MODEL, Server
+from tiers.probe.reading import FAULT_ROUTE, READING_ROUTE
 
 pytestmark = pytest.mark.timeout(1200)
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
@@ -380,3 +381,11 @@ def test_nothing_but_the_gateways_own_paths_reaches_an_engine(assay: Server) -> 
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(f"{assay.url}{path}", timeout=10)
         assert refusal.value.code in (404, 405), path
+
+
+def test_a_serving_engine_has_no_way_to_be_broken(assay: Server) -> None:
+    key = assay.engine("Turbo")[0].environ()["VLLM_API_KEY"]
+    address, headers = f"http://127.0.0.1:{assay.engine_port('Turbo')}", {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=address, headers=headers, timeout=60) as engine:
+        assert engine.post(FAULT_ROUTE, json={"fault": "layer-dropped"}).status_code == 404
+        assert [worker["takes_faults"] for worker in engine.get(READING_ROUTE).json()] == [False]

@@ -19,11 +19,13 @@ import pytest
 
 import kernels
 import tiers.hardware
+from server.alone import alone
 from server.cli import main
 from server.keys import KeyFile
 from server.launch.local import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
+from tiers.errors import AssayError
 from tiers.recipe import recipes
 
 Here = Callable[..., tuple[int, str, str]]
@@ -329,6 +331,14 @@ def test_completion_knows_the_tiers(here: Here, monkeypatch: pytest.MonkeyPatch)
 def test_completion_knows_the_operators(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     found = complete(here, monkeypatch, "assay operators --only linear-int")
     assert found == ["linear-int4", "linear-int4-asymmetric"]
+    assert complete(here, monkeypatch, "assay operators --model Smol") == ["SmolLM2-135M-Instruct"]
+
+
+def test_operators_are_run_once_at_a_time_in_a_home(here: Here, tmp_path: Path) -> None:
+    with alone(tmp_path / ".assay" / "operators", AssayError(), AssayError):
+        code, out, err = here("operators", "--own-widths")
+    assert (code, out) == (1, "")
+    assert "Another assay runs the operators in this home" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

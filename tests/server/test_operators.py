@@ -1,10 +1,18 @@
 """What `assay operators` asks and shows; its running is `tests/engines/test_0_operators.py`'s."""
 
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import psutil
+import pytest
 from rich.console import Console
 
-from server.operators_cli import operators_table
+from server.config import Config
+from server.operators_cli import check_memory, chosen_operators, operators_table
+from tests.tiers.test_recipe import SMOL
+from tiers.errors import OperatorsError
 from tiers.operators import listing
 from tiers.operators.findings import Finding
 
@@ -57,3 +65,23 @@ def test_names_are_unique_and_every_error_is_planted_in_an_operator_of_the_list(
     assert {plant.operator for plant in listing.PLANTS} <= set(names)
     unbroken = set(names) - {plant.operator for plant in listing.PLANTS}
     assert unbroken == {"linear-fp8-block"}, "an operator in which nothing was planted has not been seen to fail"
+
+
+def test_each_operator_runs_once_and_with_a_planted_error_its_own_alone() -> None:
+    assert chosen_operators([], None) == listing.operator_names()
+    assert chosen_operators(["rope", "attention", "rope"], None) == ["rope", "attention"]
+    assert chosen_operators([], "second-best") == ["greedy"]
+
+
+def test_a_model_that_is_larger_than_what_is_free_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SMOL.model_dump(exclude={"rope"}) | {"architectures": ["LlamaForCausalLM"]}
+    tier = replace(Config().reference_of(None), checkpoint=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    free = psutil.virtual_memory()._replace(available=200_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(OperatorsError, match=r"from 0\.3 GB of weights.* 0\.2 GB are free: .*--model"):
+        check_memory(tier)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=300_000_000))
+    check_memory(tier)

@@ -13,8 +13,9 @@ from rich.table import Table
 import server.sensitivity
 from server.cli import main
 from server.config import load_config
+from server.console import configured_models
 from server.progress import Steps
-from server.sensitivity_cli import configured_models, sensitivity_table, steps_table
+from server.sensitivity_cli import sensitivity_table, steps_table
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_sensitivity import FP8, levels, scores
 from tiers.conformance.scores import Phase, Scores

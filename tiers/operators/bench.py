@@ -1,5 +1,6 @@
 """Where operators are run: one shape, its inputs, and models of one block at each precision, broken if asked."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ class Bench:
         """The model at this precision; one at a time, for one is several GB of a large model."""
         if storage not in self._built:
             self._built.clear()
+            gc.collect()  # a model of vLLM's refers to itself, and would stay beside the next one
             self._built[storage] = self.broken(OneLayer(stored(self.inputs, storage)))
         return self._built[storage]
 

@@ -27,7 +27,7 @@ class Sampler:
 
         self.device = device
         self.whole = Theirs()
-        # Only so does it give back what it draws from.
+        # Only so does it give back what it draws from; FlashInfer's, which vLLM may take on GPUs, never does.
         self.nucleus: Any = Theirs(logprobs_mode="processed_logits").topk_topp_sampler
         self.penalties: Callable[..., Tensor] = apply_all_penalties
         self.min_p: Any = MinPLogitsProcessor(config, device, is_pin_memory=False)
@@ -73,7 +73,7 @@ def log_softmax(bench: Bench) -> Iterator[Case | Absent]:
             (probabilities * (distance + _FEW)).sum(-1, keepdim=True), FP32
         )
         whole = Allowance(of_sum.most.expand_as(exact), of_sum.most.expand_as(exact))
-        most = x.amax(-1, keepdim=True).abs() + x.shape[-1] ** 0 * (exact - x).abs()
+        most = x.amax(-1, keepdim=True).abs() + (exact - x).abs()
         allowed = whole + rounded(distance + most, FP32, 2.0)
         yield compared("Sampler.compute_logprobs", says("ln p"), ran, exact, stored(exact, allowed, FP32))
 
@@ -187,7 +187,7 @@ def min_p(bench: Bench) -> Iterator[Case | Absent]:
         _update(sampler.min_p, [SamplingParams(min_p=float(each)) for each in bounds])
         x = logits.float()
         ran = sampler.min_p.apply(x.clone().to(sampler.device)).cpu()
-        misses = sampling.min_p_misses(x, _kept(x, ran), bounds)
+        misses = sampling.min_p_misses(x, _kept(ran), bounds)
         distance = (x - x.amax(-1, keepdim=True)).double().abs()
         within = (distance + 2 * _FEW) * unit_roundoff(FP32)
         says_ = says("0.0001 to 0.9")
@@ -203,7 +203,7 @@ def top_k(bench: Bench) -> Iterator[Case | Absent]:
         k = torch.tensor([1, 2, 5, 10, 20, 50, 100, 1000] * (len(logits) // 8), dtype=torch.int32)
         x = logits.float()
         ran = _masked(sampler, x, k, None)
-        misses = sampling.top_k_misses(x, _kept(x, ran), k)
+        misses = sampling.top_k_misses(x, _kept(ran), k)
         yield decided(_nucleus(sampler), says("1 to 1,000"), _spoiled(misses, x, ran), FP32)
 
     return _each(bench, run)
@@ -216,7 +216,7 @@ def top_p(bench: Bench) -> Iterator[Case | Absent]:
         p = torch.linspace(0.05, 0.99, len(logits))
         x = logits.float()
         ran = _masked(sampler, x, None, p)
-        misses = sampling.top_p_misses(x, _kept(x, ran), p)
+        misses = sampling.top_p_misses(x, _kept(ran), p)
         one = torch.ones_like(misses)
         # Of the softmax's sum and of the running sum after it.
         within = 2 * accumulated(x.shape[-1], one, FP32).most + rounded(one, FP32, 2 * _FEW).most
@@ -235,7 +235,7 @@ def _masked(sampler: Sampler, logits: Tensor, k: Tensor | None, p: Tensor | None
     return torch.as_tensor(masked).cpu()
 
 
-def _kept(given: Tensor, ran: Tensor) -> Tensor:
+def _kept(ran: Tensor) -> Tensor:
     return ran > -torch.inf
 
 
@@ -243,6 +243,6 @@ def _spoiled(misses: Tensor, given: Tensor, ran: Tensor) -> Tensor:
     """With what no choice may do: change a logit that it keeps, or keep one that is less likely than another
     left.
     """
-    kept = _kept(given, ran)
+    kept = _kept(ran)
     fine = sampling.most_likely(given, kept) & ((ran == given) | ~kept).all(-1)
     return misses.masked_fill(~fine.view(-1, *[1] * (misses.dim() - 1)), torch.inf)

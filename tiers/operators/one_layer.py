@@ -6,8 +6,10 @@ Written against vLLM 0.32.0. On a GPU the same steps take what vLLM chooses ther
 
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ class OneLayer:
     """The model, and what running parts of it takes."""
 
     def __init__(self, stored: Stored) -> None:
-        self.stored = stored
+        # What a checkpoint would hold is read once: embedding and head of a large model are some GB.
+        self.stored = replace(stored, tensors=[])
         self.device = torch.device(current_platform.device_type)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(stored.config))
@@ -136,6 +139,12 @@ class OneLayer:
 
 def _join(config: VllmConfig) -> None:
     """vLLM's layers ask of which group of processes they are one: of one that is alone."""
-    meeting = Path(tempfile.mkdtemp()) / "meeting"
+    meeting = Path(_meetings().name) / uuid.uuid4().hex  # a file that another group has left cannot be met at
     init_distributed_environment(1, 0, f"file://{meeting}", 0, current_platform.dist_backend)
     ensure_model_parallel_initialized(1, 1)
+
+
+@cache
+def _meetings() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends; the group keeps its file open to itself until then."""
+    return tempfile.TemporaryDirectory()

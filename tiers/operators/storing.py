@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
-from kernels.linear import FP8_MOST, PackedInt4
+from kernels.fakequant import Scheme, pack_int4, quantize
+from kernels.linear import PackedInt4
 from tiers.operators.inputs import PROJECTIONS, Inputs
 
 Storage = Literal["bf16", "fp8", "int4", "int4-asymmetric", "fp8-kv"]
@@ -49,14 +49,17 @@ class Stored:
 
 
 def stored(inputs: Inputs, storage: Storage) -> Stored:
-    """The block of these weights in that storage, rounded to nearest."""
+    """The block of these weights in that storage, rounded to nearest as checkpoints are.
+
+    Written by `kernels.fakequant`, read by `kernels.linear`, which has nothing in common with it.
+    """
     shape = inputs.shape
     store: dict[Storage, Callable[[Tensor], dict[str, Tensor]]] = {
         "bf16": lambda weight: {"weight": weight},
         "fp8": _fp8,
         "fp8-kv": _fp8,
-        "int4": lambda weight: _int4(weight, shape.group),
-        "int4-asymmetric": lambda weight: _int4_asymmetric(weight, shape.group),
+        "int4": lambda weight: _int4(weight, shape.group, symmetric=True),
+        "int4-asymmetric": lambda weight: _int4(weight, shape.group, symmetric=False),
     }
     parts = {name: _by_rows(store[storage], inputs.weights[f"{name}.weight"]) for name in PROJECTIONS}
     tensors = [
@@ -93,30 +96,14 @@ def _by_rows(store: Callable[[Tensor], dict[str, Tensor]], weight: Tensor) -> di
 
 
 def _fp8(weight: Tensor) -> dict[str, Tensor]:
-    scale = (weight.float().abs().amax(1, keepdim=True) / FP8_MOST).bfloat16()
-    values = (weight.float() / scale.float()).clamp(-FP8_MOST, FP8_MOST)
-    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
+    values, scales = quantize(weight, Scheme("fp8", "channel"))
+    return {"weight": values, "weight_scale": scales.scale}
 
 
-def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
-    grouped = weight.float().view(len(weight), -1, group)
-    scale = (grouped.abs().amax(-1) / 7.5).clamp_min(1e-8).bfloat16()
-    numbers = (grouped / scale.float()[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
-    return _packed(numbers, scale)
-
-
-def _int4_asymmetric(weight: Tensor, group: int) -> dict[str, Tensor]:
-    grouped = weight.float().view(len(weight), -1, group)
-    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-    scale = ((high - low) / 15).clamp_min(1e-8).bfloat16()
-    zeros = (-8 - low / scale.float()).round().clamp(-8, 7)
-    numbers = (grouped / scale.float()[..., None] + zeros[..., None]).round().clamp(-8, 7)
-    packed = _packed(numbers.flatten(1).to(torch.int8), scale)
-    return packed | {"weight_zero_point": pack_to_int32(zeros.to(torch.int8), 4, packed_dim=0).contiguous()}
-
-
-def _packed(numbers: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    return {"weight_packed": pack_to_int32(numbers, 4), "weight_scale": scale}
+def _int4(weight: Tensor, group: int, *, symmetric: bool) -> dict[str, Tensor]:
+    values, (scale, zeros) = quantize(weight, Scheme("int4", "group", group, symmetric=symmetric))
+    stored = {"weight_packed": pack_int4(values), "weight_scale": scale}
+    return stored if zeros is None else stored | {"weight_zero_point": pack_int4(zeros.T).T.contiguous()}
 
 
 def _quantization(storage: Storage, group: int) -> dict[str, Any] | None:
