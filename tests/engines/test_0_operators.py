@@ -6,7 +6,6 @@ planted at Llama-3.1-8B's widths too, in the slow tests.
 
 import os
 import sys
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,15 +133,6 @@ def test_what_a_checkpoint_would_hold_is_not_kept(inputs: Any) -> None:
     on_disk = Bench(inputs).layer("bf16").stored
     assert on_disk.tensors == []
     assert on_disk.fused("o_proj", "weight").shape == inputs.weights["o_proj.weight"].shape
-
-
-def test_a_model_is_gone_before_the_next_one_is_built(inputs: Any) -> None:
-    from tiers.operators.bench import Bench
-
-    bench = Bench(inputs)
-    model = weakref.ref(bench.layer("bf16").model)
-    bench.layer("fp8")
-    assert model() is None
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Bench:
         """The model at this precision; one at a time, for one is several GB of a large model."""
         if storage not in self._built:
             self._built.clear()
-            gc.collect()  # a model of vLLM's refers to itself, and would stay beside the next one
+            gc.collect()  # or models stay until Python collects, which does not count what tensors hold
             self._built[storage] = self.broken(OneLayer(stored(self.inputs, storage)))
         return self._built[storage]
 
