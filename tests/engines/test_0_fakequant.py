@@ -195,6 +195,21 @@ def test_vllms_cache_on_cpus_cuts_off_where_everybody_else_rounds_and_does_not_w
             assert torch.equal(read, ours.view(torch.uint8) - off)
 
 
+def test_every_process_of_an_engine_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    from tiers.probe import plugin
+
+    for name in ("keep_log_clean", "keep_seeds", "wait_with_naps", "register_linear_kernel"):
+        monkeypatch.setattr(plugin, name, lambda *_: None)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    write = _custom_ops.cpu_attn_reshape_and_cache
+    monkeypatch.setattr(_custom_ops, "cpu_attn_reshape_and_cache", write)  # and again afterwards
+    plugin.register()
+    assert _custom_ops.cpu_attn_reshape_and_cache is not write
+
+
 def test_what_is_quantized_and_packed_here_is_what_their_compressor_writes() -> None:
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme

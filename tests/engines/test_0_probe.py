@@ -120,3 +120,26 @@ def test_weights_that_deep_gemm_rounds_once_more_are_not_vouched_for() -> None:
         read(fp8("DeepGemmFp8BlockScaledMMKernel", E4M3, 25, (128, 128), use_deep_gemm_e8m0=False)).weights
         == BLOCK
     )
+
+
+def test_what_compares_is_compiled_before_there_are_callers_if_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiers.probe.worker import ProbeWorker
+
+    class Loaded(Exception):
+        """The reading goes on."""
+
+    def get_model() -> None:
+        raise Loaded
+
+    compiled: list[str] = []
+
+    def fail(device: str) -> None:
+        compiled.append(device)
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("tiers.probe.worker.warm_up", fail)
+    worker = ProbeWorker()
+    worker.model_runner = SimpleNamespace(device="cpu", get_model=get_model)
+    with pytest.raises(Loaded):
+        worker.assay_reading()
+    assert compiled == ["cpu"]

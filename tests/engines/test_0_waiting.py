@@ -14,7 +14,8 @@ def test_a_reader_that_looks_for_a_message_leaves_the_core_to_others(monkeypatch
 
     from tiers.probe import plugin
 
-    for name in ("keep_log_clean", "keep_seeds", "register_linear_kernel"):  # of this process nothing else changes
+    # Of this process nothing else changes.
+    for name in ("keep_log_clean", "keep_seeds", "round_into_cache", "register_linear_kernel"):
         monkeypatch.setattr(plugin, name, lambda *_: None)
     queues: Any = shm_broadcast
     monkeypatch.setattr(queues, "sched_yield", queues.sched_yield)
