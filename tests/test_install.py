@@ -192,3 +192,21 @@ def test_who_interrupts_ends_every_pip_and_none_is_begun(install: ModuleType) ->
         assert pip.wait(10) < 0
     with pytest.raises(install.InstallError, match="interrupted"), pips.start(["sleep", "60"]):
         pass
+
+
+def test_pytorch_is_fetched_by_one_and_then_there_for_the_other(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, bool] = {}
+    pips = install.Pips()
+
+    def pip(self: Any, pips: Any, say: Any, *arguments: str) -> None:
+        held[arguments[1]] = pips.torch.locked()
+
+    monkeypatch.setattr(install.Environment, "prepare", lambda self: self.folder.mkdir())
+    monkeypatch.setattr(install.Environment, "_pip", pip)
+    monkeypatch.setattr(install.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    gateway(install, tmp_path / "one").install(print, pips)
+    assert held.pop("torch==2.13.0")
+    assert held
+    assert not any(held.values()), "nothing else waits for the other"
