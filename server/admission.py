@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from server.engines.pool import Pool
 from server.errors import TooManyAtOnce
 from server.exchange import Headers
 from server.fair_queue import FairQueue, Place
 from server.keys import Key
-from server.pool import Pool
 from server.rates import Charge, Rates, Standing
 
 AT_THE_TOKENIZER = 4

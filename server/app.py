@@ -11,9 +11,9 @@ from starlette.exceptions import HTTPException
 from server.admission import Admission
 from server.certificates import Certificates
 from server.config import Config
+from server.engines.fleet import Fleet
 from server.errors import FieldRefused, Refusal, envelope
 from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
-from server.fleet import Fleet
 from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
 from server.keys import Keys

@@ -13,18 +13,18 @@ import uvloop
 from rich.markup import escape
 
 import kernels
-from server.certificate_cli import certificate_app
-from server.certify_cli import certify
 from server.checkpoints import Checkpoints
+from server.commands.certificate import certificate_app
+from server.commands.certify import certify
+from server.commands.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
+from server.commands.keys import keys_app
+from server.commands.operators import operators
+from server.commands.sensitivity import sensitivity
+from server.commands.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from server.config import ModelConfig, choose_tiers, load_config
-from server.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
-from server.fleet import Fleet
+from server.engines.fleet import Fleet
 from server.keys import Keys
-from server.keys_cli import keys_app
-from server.operators_cli import operators
 from server.progress import Steps
-from server.sensitivity_cli import sensitivity
-from server.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend
 from tiers.errors import AssayError, ConfigError

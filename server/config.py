@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.vitals import Patience
+from server.engines.vitals import Patience
 from tiers.conformance.budget import PUBLISHED, Budget
 from tiers.errors import ConfigError
 from tiers.recipe import find_recipe

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
+from server.engines.places import BrokenOff
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.upstream import Connection, Upstream, UpstreamBroke
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
-from server.places import BrokenOff
-from server.pool import Pool
-from server.replica import Replica
-from server.upstream import Connection, Upstream, UpstreamBroke
 
 log = logging.getLogger("assay.forward")
 

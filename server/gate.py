@@ -3,8 +3,8 @@
 import logging
 from typing import Literal
 
+from server.engines.pool import Pool
 from server.errors import TierNotCertified
-from server.pool import Pool
 from server.standing import Standing, Standings
 
 log = logging.getLogger("assay.gate")

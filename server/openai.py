@@ -24,13 +24,13 @@ from server.answer import (
     whole_answer,
 )
 from server.call import Call, read_call
+from server.engines.pool import Pool
 from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
 from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
 from server.forward import Errand, count_prompt, forward
 from server.gate import Gate
 from server.keys import Key
 from server.metrics import NO_TIER, Metrics
-from server.pool import Pool
 from server.responses_call import ResponsesCall
 from server.routing import Routes
 from server.standing import OUTCOMES, Outcome, Standings

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from server.engines.pool import Pool
 from server.errors import ModelNotFound, PrecisionNotAvailable
-from server.pool import Pool
 
 
 class Routes:

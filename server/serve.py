@@ -13,19 +13,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from server.app import build_app
-from server.background import certify_in_background
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
-from server.engine import PrecisionRefused
-from server.fleet import Fleet
+from server.engines.engine import PrecisionRefused
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.turns import Turns, share
 from server.keys import Keys
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
+from server.measuring.background import certify_in_background
 from server.metrics import Metrics
-from server.pool import Pool
 from server.progress import Steps
-from server.replica import Replica
-from server.turns import Turns, share
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.hardware import Machine
 from tiers.placement import place

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from server.certificates import Certificates, Followed
-from server.pool import Pool
-from server.replica import Replica
-from server.state import State
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.state import State
 from tiers.conformance.budget import Budget
 from tiers.conformance.certificate import Binding, Certificate, is_void
 from tiers.conformance.extent import QUICK

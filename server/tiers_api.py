@@ -6,10 +6,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.replica import Replica
 from server.errors import Refusal
-from server.fleet import Fleet
-from server.pool import Pool
-from server.replica import Replica
 from server.routing import Routes
 from server.standing import Outcome, Standing, Standings
 from tiers.conformance.findings import Estimate

@@ -14,16 +14,16 @@ import uvloop
 from server.app import Gateway, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
-from server.engine import Engine
-from server.fleet import Fleet
+from server.engines.engine import Engine
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.state import State
 from server.keys import Keys
 from server.listener import http_server, listening_socket
 from server.metrics import Metrics
-from server.pool import Pool
 from server.progress import Steps
-from server.replica import Replica
 from server.serve import spare_the_collector
-from server.state import State
 from tiers.manifest import Manifest
 from tiers.tier import Tier
 

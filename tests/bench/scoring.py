@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Config
-from server.engine import Engine
-from server.measure import AT_ONCE, make_pack, score
+from server.engines.engine import Engine
+from server.measuring.measure import AT_ONCE, make_pack, score
 from server.progress import Step, Steps
 from tests.bench.bootstrap import interval
 from tests.bench.throughput import serving

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from server.engine import Engine
-from server.measure import make_pack, score
+from server.engines.engine import Engine
+from server.measuring.measure import make_pack, score
 from tests.engines.conftest import CHECKPOINTS, LITE_RECIPE, MODEL, Server
 from tiers.conformance.corpus import load_corpus
 from tiers.conformance.pack import Pack, head_of

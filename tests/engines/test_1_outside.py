@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.certify_outside import score as score_outside
-from server.engine import Engine
-from server.measure import make_pack, score
-from server.outside import PublicApi
+from server.engines.engine import Engine
+from server.measuring.certify_outside import score as score_outside
+from server.measuring.measure import make_pack, score
+from server.measuring.outside import PublicApi
 from tests.engines.conftest import CHECKPOINTS, MODEL, Server
 from tests.engines.test_1_conformance import Engines, silent
 from tiers.conformance.pack import Pack

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from server.config import load_config
+from server.measuring.self_test import Trial, self_test
 from server.progress import Steps
-from server.self_test import Trial, self_test
 from tests.engines.conftest import LITE_RECIPE, LLAMA, LLAMA_CONTEXT, MODEL, ROOT
 from tiers.conformance.faults import BY_NAME
 

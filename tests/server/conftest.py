@@ -25,18 +25,18 @@ from server.app import Gateway as App
 from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config, ModelConfig, TierConfig
-from server.engine import Engine
+from server.engines.engine import Engine
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.state import State
+from server.engines.turns import Turns
+from server.engines.vitals import Patience, Vitals
 from server.exchange import WHEN_GONE, Tell
-from server.fleet import Fleet
 from server.keys import Keys
 from server.launch.local import LocalProcess
 from server.metrics import Metrics
-from server.pool import Pool
 from server.progress import Steps
-from server.replica import Replica
-from server.state import State
-from server.turns import Turns
-from server.vitals import Patience, Vitals
 from tests.tiers.samples import BUDGET
 from tiers.catalog import ModelShape
 from tiers.conformance import pictures

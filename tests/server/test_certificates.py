@@ -16,10 +16,10 @@ from aiohttp import web
 
 from server.certificates import Certificates
 from server.config import Config
+from server.engines.pool import Pool
+from server.engines.state import State
 from server.metrics import Metrics
-from server.pool import Pool
 from server.standing import Standing, Standings
-from server.state import State
 from tests.server.conftest import Answer, FakeEngineReplica, Gateway, fake_replica
 from tests.server.test_keys import Clock
 from tests.tiers.samples import BUDGET, make_certificate, make_findings, make_measurement

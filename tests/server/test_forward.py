@@ -6,7 +6,7 @@ import json
 import pytest
 from aiohttp import web
 
-from server.state import State
+from server.engines.state import State
 from tests.server.conftest import Answer, Gateway, Handler
 from tiers.errors import CheckpointError
 from tiers.manifest import describe_files

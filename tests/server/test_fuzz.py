@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from server.call import FORBIDDEN
+from server.engines.vitals import Patience
 from server.keys import KeyFile
 from server.openapi.operations import OPERATIONS
-from server.vitals import Patience
 from tests.server.conftest import Answer, Gateway, running_gateway
 from tiers.source import EMBEDDED_MODEL
 

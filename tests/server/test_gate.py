@@ -9,11 +9,11 @@ import pytest
 from server.app import build_app
 from server.certificates import Certificates
 from server.config import Config, ModelConfig, TierConfig, load_config
-from server.fleet import Fleet
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.state import State
 from server.keys import Keys
 from server.metrics import Metrics
-from server.pool import Pool
-from server.state import State
 from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica, running_gateway
 from tests.server.test_certificates import MODEL, answers, error_of, findings, get, held_to, runs, save, says
 from tiers.errors import ConfigError

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
+from server.commands.console import welcome
 from server.config import Config
-from server.console import welcome
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
 from server.errors import KeyInvalid, KeyMissing, Refusal, envelope
-from server.fleet import Fleet
 from server.keys import LOOK_EVERY_S, Key, KeyFile, Keys
 from server.listener import check_reach, listening_socket
 from server.metrics import Metrics
-from server.pool import Pool
 from tests.server.conftest import Gateway
 from tiers.errors import ConfigError
 

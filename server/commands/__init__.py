@@ -1,0 +1,1 @@
+"""The commands of `assay`, one a module, and where they print."""

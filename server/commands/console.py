@@ -1,0 +1,113 @@
+"""What the commands share: options, where they print and log, how they greet, and how they ask a server."""
+
+import json
+import logging
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from server.commands.tables import show, table
+from server.config import load_config
+from server.engines.fleet import Fleet
+from tiers.errors import AssayError, ConfigError
+from tiers.tier import TierKind
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="ASSAY_CONFIG",
+        dir_okay=False,
+        help="A YAML file; see deploy/. Without one the embedded model is served in three tiers.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def tier_names(incomplete: str) -> list[str]:
+    """Grades of tiers that begin so, for a shell to complete."""
+    return [kind.value for kind in TierKind if kind.value.lower().startswith(incomplete.lower())]
+
+
+def configured_models(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the config's models that begin so, for a shell to complete."""
+    try:
+        settings = load_config(context.params.get("config"))
+    except AssayError:
+        return []  # a shell has no place for a sentence
+    return [each.name for each in settings.models if each.name.lower().startswith(incomplete.lower())]
+
+
+def log_to(console: Console) -> None:
+    """Send warnings there, in colour on a terminal, with a time elsewhere."""
+    handler: logging.Handler = (
+        RichHandler(console=console, show_path=False)
+        if console.is_terminal
+        else logging.StreamHandler(console.file)
+    )
+    if not console.is_terminal:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def fetch(url: str, key: str | None = None) -> Any:
+    """JSON from a running server, with an API key if it asks for one.
+
+    Raises:
+        ConfigError: nobody answers there, not with JSON, or not without another key.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url} is not an http or https address.")
+    request = urllib.request.Request(url)  # noqa: S310  # the scheme was just checked
+    if key := (key or "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("The API key has characters that no key has; `assay keys add` prints them right.")
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            return json.load(answer)
+    except (urllib.error.URLError, TimeoutError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == HTTPStatus.UNAUTHORIZED:
+            which = "another API key" if key else "an API key"
+            raise ConfigError(f"{url} asks for {which}: put it into ASSAY_API_KEY.") from None
+        reason = getattr(error, "reason", error)
+        raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
+
+
+def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
+    """Which names are served and which are not, to whom, and a command to try."""
+    rows = table("model name", "precision", "recipe", "checkpoint", "verified")
+    for pool in fleet.pools:
+        manifest = pool.manifest
+        state = "[green]yes[/]" if pool.can_answer else "[red]no: not served[/]"
+        for name in pool.tier.names:
+            rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
+    show(rows)
+    every = [pool.tier for pool in fleet.pools]
+    served = [pool.tier for pool in fleet.pools if pool.can_answer] or every  # all may have died just now
+    first_model = [tier for tier in served if tier.model == served[0].model]
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = {
+        "model": first_model[-1].name,
+        "messages": question,
+        "max_tokens": 40,
+    }  # on a CPU a whole one may take minutes
+    if with_keys:
+        who = "Callers need a key: `assay keys add NAME` makes one. The command below has it in ASSAY_API_KEY."
+    else:
+        who = "No keys: whoever is on this machine may call. `assay keys add NAME` makes one."
+    out.print(f"\n{who}", soft_wrap=True)
+    out.print(f"\n[green]ready[/] on {url}. Try:\n")
+    key = ' -H "authorization: Bearer $ASSAY_API_KEY"' if with_keys else ""
+    curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    out.print(escape(curl), soft_wrap=True)

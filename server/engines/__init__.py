@@ -1,0 +1,1 @@
+"""The engines: started, watched, chosen for a request, ended."""

@@ -1,0 +1,243 @@
+"""One running vLLM server: started, asked, ended. Knows its routes; knows nothing of tiers or callers."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from pydantic import TypeAdapter, ValidationError
+
+from server.engines.address import Address
+from server.engines.upstream import IDLE_S, Upstream
+from server.launch.local import LocalProcess
+from server.measuring.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
+from tiers.engine import EngineCommand
+from tiers.errors import AssayError
+from tiers.probe.reading import (
+    OWN,
+    READING_ROUTE,
+    SLEEP_ROUTE,
+    WAKE_ROUTE,
+    EngineReading,
+)
+
+HEALTH_TIMEOUT_S = 5.0
+
+_READINGS = TypeAdapter(list[EngineReading])
+_WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
+"""What moves in vLLM's metrics with every step of an engine: when a prompt is done, with each token, and with each
+piece of a prompt."""
+
+
+class EngineNotStarted(AssayError):
+    """An engine ended, or was not ready in time, when it was to be started."""
+
+
+class PrecisionRefused(AssayError):
+    """What an engine computes is not what its checkpoint declares; trying again would not change that."""
+
+    def __init__(self, name: str, disagreements: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{name} is not served, its engine does not compute what its checkpoint declares: "
+            f"{'; '.join(disagreements)}."
+        )
+
+
+class Engine(Measurable):
+    """A vLLM server that answers on a loopback port to the holder of its key."""
+
+    def __init__(
+        self, name: str, url: str, key: str, process: LocalProcess | None, *, gives_way: bool = False
+    ) -> None:
+        self.name = name
+        self.process = process
+        self.gives_way = gives_way
+        self._written_down: tuple[Address, Path] | None = None
+        self.upstream = Upstream(url, key)
+        """The way for callers' requests; what an engine is asked about itself goes by the session."""
+        self._session = aiohttp.ClientSession(
+            url,
+            headers={"authorization": f"Bearer {key}"},
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+        )
+
+    @classmethod
+    async def launch(
+        cls, name: str, command: EngineCommand, log: Path, checkpoint: str = "", address_file: Path | None = None
+    ) -> "Engine":
+        """Start the server's processes; it does not answer yet. Where it will is written down until it ends.
+
+        Args:
+            name: for people.
+            command: what is started.
+            log: where it writes.
+            checkpoint: the digest of the manifest that it is loaded by.
+            address_file: where it is written down how the engine is reached; nowhere by default.
+        """
+        process = await LocalProcess.start(command.arguments, command.environment, log)
+        engine = cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
+        if address_file is not None:
+            address = Address(url=f"http://127.0.0.1:{command.port}", key=command.api_key, checkpoint=checkpoint)
+            address.write(address_file)
+            engine._written_down = (address, address_file)
+        return engine
+
+    async def until_it_answers(self, say: Callable[[str], None], timeout_s: float) -> str:
+        """Wait until the model is loaded; the version of vLLM.
+
+        Raises:
+            EngineNotStarted: it ended before, or was not ready in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._version(say)
+        except TimeoutError:
+            raise self._problem(f"the engine was not ready after {timeout_s:.0f} s (start_timeout_s)") from None
+
+    async def _version(self, say: Callable[[str], None]) -> str:
+        assert self.process is not None
+        while True:
+            if self.process.exit_code is not None:
+                raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
+            say(self.process.last_line().rpartition("] ")[2].strip())
+            if (version := await self.version()) is not None:
+                return version
+            await asyncio.sleep(POLL_S)
+
+    async def version(self) -> str | None:
+        """Of vLLM; None while it does not answer, or not to this key."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with self._session.get("/version", timeout=timeout) as answer:
+                if answer.status == 200:
+                    return str((await answer.json())["version"])
+        return None
+
+    async def readings(self) -> list[EngineReading]:
+        """What each worker says that it computes.
+
+        Raises:
+            EngineNotStarted: it does not say, or not so that it can be understood.
+        """
+        answer = await self.ask("GET", READING_ROUTE, "what it computes")
+        try:
+            return _READINGS.validate_json(answer)
+        except ValidationError as error:
+            raise self._problem(
+                f"the engine's account of what it computes is not understood ({error!r:.300})"
+            ) from error
+
+    async def warm_up(self, model: str) -> None:
+        """Two short requests: the first ones pay for memory, kernels and grammars, which no caller should.
+
+        Raises:
+            EngineNotStarted: it does not answer it.
+        """
+        body = {"model": model, "prompt": "Hello", "max_tokens": 8, "logprobs": 1}
+        await self.ask("POST", "/v1/completions", "the warm-up request", body)
+        choice = body | {"structured_outputs": {"choice": ["yes", "no"]}}
+        await self.ask("POST", "/v1/completions", "the warm-up request with a grammar", choice)
+
+    async def one_token(self, model: str) -> int:
+        """The status of the answer to the shortest of requests, however long it takes.
+
+        Raises:
+            aiohttp.ClientError: nobody is there, or nobody any more.
+        """
+        body = {"model": model, "prompt": "Hello", "max_tokens": 1}
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with self._session.post("/v1/completions", json=body, timeout=timeout) as answer:
+            await answer.read()
+            return answer.status
+
+    async def work_done(self, timeout_s: float) -> tuple[bytes, ...]:
+        """What vLLM has counted of its work; where two are unequal it worked between. Empty if it does not say."""
+        return tuple(line for line in await self._metrics(timeout_s) if line.startswith(_WORK))
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights go to RAM, the KV cache is dropped.
+
+        Raises:
+            EngineNotStarted: it cannot.
+        """
+        await self.ask("POST", SLEEP_ROUTE, "being sent to sleep")
+
+    async def wake(self) -> None:
+        """Take the memory again and put the weights back into it.
+
+        Raises:
+            EngineNotStarted: it cannot.
+        """
+        await self.ask("POST", WAKE_ROUTE, "being woken")
+
+    async def is_alive(self) -> bool:
+        """Ask it now; one that is too busy to answer is alive."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            async with self._session.get("/health", timeout=timeout) as answer:
+                return answer.status == 200
+        except TimeoutError:
+            return True
+        except aiohttp.ClientError:
+            return False
+
+    async def stop(self) -> None:
+        """End it; returns when nothing of it is left."""
+        if self._written_down is not None:
+            address, file = self._written_down
+            address.take_away(file)
+        self.upstream.close()
+        await self._session.close()
+        if self.process is not None:
+            await self.process.stop()
+
+    async def _metrics(self, timeout_s: float) -> list[bytes]:
+        """What vLLM shows of itself, by lines; none if it does not answer."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            plain = {"accept-encoding": "identity"}
+            async with self._session.get("/metrics", headers=plain, timeout=timeout) as answer:
+                return (await answer.read()).splitlines()
+        except (aiohttp.ClientError, TimeoutError):
+            return []
+
+    async def ask(
+        self, method: str, route: str, what: str, body: Any = None, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> bytes:
+        """The answer to what the engine is asked about itself.
+
+        Args:
+            method: of HTTP.
+            route: where it answers.
+            what: is asked, for people.
+            body: as JSON.
+            timeout_s: for all of it.
+
+        Raises:
+            EngineNotStarted: it gives none, or another than 200.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        own = {"x-request-id": f"{OWN}{secrets.token_hex(8)}"}
+        try:
+            async with self._session.request(method, route, json=body, headers=own, timeout=timeout) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._problem(f"the engine gives no answer to {what} ({error!r})") from error
+        if answer.status != 200:
+            raise self._problem(f"the engine fails at {what}: {text[:300].decode(errors='replace')}")
+        return text
+
+    def _problem(self, what: str) -> EngineNotStarted:
+        log = f"; its log is {self.process.log}" if self.process else ""
+        return EngineNotStarted(f"{self.name}: {what}{log}.")
+
+
+def _reason(tail: str) -> str:
+    """The line of a log that says most: the last that names an error, or else the last."""
+    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line and "Traceback" not in line]
+    return (telling or lines or ["it wrote nothing"])[-1][-300:]

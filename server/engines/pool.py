@@ -1,0 +1,108 @@
+"""The replicas of one tier, and which of them takes a request. Knows load and health; knows nothing of HTTP."""
+
+from collections.abc import Collection, Iterable
+
+from server.engines.replica import Replica
+from server.engines.state import State
+from server.errors import Refusal, TierUnavailable
+from server.metrics import Metrics
+from tiers.tier import Tier
+from tiers.verification import VerifiedPrecision
+
+_BEST_FIRST = (
+    *(State.READY, State.ASLEEP, State.SUSPENDED, State.WARMING_UP, State.STARTING, State.RESTARTING),
+    *(State.REFUSED, State.STOPPED),
+)
+"""By how soon an answer is to be had."""
+
+
+class Pool:
+    """The replicas of one tier: engines of the same checkpoint, each as good as any other."""
+
+    def __init__(self, tier: Tier, replicas: Iterable[Replica], metrics: Metrics, *, max_num_seqs: int) -> None:
+        self.tier = tier
+        self.replicas = tuple(replicas)
+        self.manifest = self.replicas[0].manifest
+        self.context_length = self.replicas[0].context_length
+        self.requests_at_once = max_num_seqs * len(self.replicas)
+        """What the engines work on together; what goes beyond waits in one of them."""
+        self._max_num_seqs = max_num_seqs
+        metrics.declare(tier.name, self)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether a request would be answered, by whichever."""
+        return any(replica.can_answer for replica in self.replicas)
+
+    @property
+    def ready(self) -> int:
+        """How many of the replicas could answer it."""
+        return sum(replica.can_answer for replica in self.replicas)
+
+    @property
+    def running(self) -> int:
+        """Requests that the engines work on now, or are woken for."""
+        return sum(replica.running for replica in self.replicas)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether an engine would have to wake first."""
+        return self.state is State.ASLEEP
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether engines were seen to compute what their checkpoint declares, and none anything else."""
+        return self.verified is not None and self.verified.agrees
+
+    @property
+    def state(self) -> State:
+        """That of the replica which could answer soonest."""
+        return min((replica.state for replica in self.replicas), key=_BEST_FIRST.index)
+
+    @property
+    def restarts(self) -> int:
+        """Times that any engine was started again."""
+        return sum(replica.restarts for replica in self.replicas)
+
+    @property
+    def engine_version(self) -> str | None:
+        """What the engines say they are; None before the first has said it."""
+        return next((each.engine_version for each in self.replicas if each.engine_version), None)
+
+    @property
+    def verified(self) -> VerifiedPrecision | None:
+        """What was read back from an engine: from the first that disagrees with its checkpoint, if one does."""
+        known = [replica.verified for replica in self.replicas if replica.verified is not None]
+        return min(known, key=lambda each: each.agrees, default=None)
+
+    def pick(self, tried: Collection[Replica] = ()) -> Replica:
+        """The replica with the fewest running requests, of those that can answer and were not tried.
+
+        One that sleeps is woken only when those that are awake have all that they work on at once.
+
+        Raises:
+            Refusal: there is none; what `unavailable` says.
+        """
+        first = self.replicas[0]  # most tiers have no other, and every request comes by here
+        if len(self.replicas) == 1 and not tried and first.takes_requests:
+            return first
+        able = [replica for replica in self.replicas if replica.takes_requests and replica not in tried]
+        if not able and any(replica.takes_requests for replica in tried):
+            raise TierUnavailable(self.tier.name, "failing", retry_after=1)
+        if not able:
+            raise self.unavailable()
+
+        def load(replica: Replica) -> tuple[bool, int]:
+            return replica.state is State.ASLEEP or replica.running >= self._max_num_seqs, replica.running
+
+        return min(able, key=load)
+
+    def has_another(self, tried: Collection[Replica]) -> bool:
+        """Whether one could answer that was not tried."""
+        return any(replica.takes_requests for replica in self.replicas if replica not in tried)
+
+    def unavailable(self) -> Refusal:
+        """Why nobody can answer, and when somebody could: what the replica says that is back first."""
+        refusals = [replica.unavailable() for replica in self.replicas]
+        waits = [refusal for refusal in refusals if isinstance(refusal, TierUnavailable)]
+        return min(waits, key=lambda refusal: refusal.retry_after, default=refusals[0])

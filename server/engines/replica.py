@@ -1,0 +1,330 @@
+"""One engine of a tier, and its life: start, watch, restart, stop. Knows processes and health, not callers."""
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from server.checkpoints import Checkpoints
+from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
+from server.engines.places import Places
+from server.engines.state import UP, State
+from server.engines.turns import Turns
+from server.engines.upstream import Upstream
+from server.engines.vitals import Finding, Patience, Vitals
+from server.errors import Refusal, TierNotVerified, TierUnavailable
+from server.launch.local import free_port
+from server.metrics import Metrics
+from tiers.catalog import ModelShape
+from tiers.engine import Backend, engine_command
+from tiers.errors import AssayError
+from tiers.manifest import Manifest
+from tiers.tier import Tier
+from tiers.verification import VerifiedPrecision, verify_precision
+
+log = logging.getLogger("assay.replica")
+
+WATCH_S = 2.0
+FIRST_BACKOFF_S = 1.0
+LONGEST_BACKOFF_S = 60.0
+GUESSED_START_S = 60.0
+
+
+class Replica:
+    """One engine of a tier, and its life. ``tier`` is as this engine sees it: with GPUs of its own."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        manifest: Manifest,
+        context_length: int,
+        *,
+        number: int = 1,
+        of: int = 1,
+        backend: Backend,
+        checkpoints: Checkpoints,
+        logs: Path,
+        metrics: Metrics,
+        start_timeout_s: float,
+        start_locks: tuple[asyncio.Lock, ...] = (),
+        turns: Turns | None = None,
+        patience: Patience | None = None,
+        takes_faults: bool = False,
+        address_file: Path | None = None,
+    ) -> None:
+        self.tier = tier
+        self.name = f"{tier.name} ({number} of {of})" if of > 1 else tier.name
+        """For people; callers know tiers only."""
+        self.manifest = manifest
+        self.context_length = context_length
+        self.state = State.STOPPED
+        self.engine_version: str | None = None
+        self.verified: VerifiedPrecision | None = None
+        self.restarts = 0
+        self._backend: Backend = backend
+        self._checkpoints = checkpoints
+        self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")
+        self._metrics = metrics
+        self._start_timeout_s = start_timeout_s
+        self._start_locks = start_locks
+        self._takes_faults = takes_faults
+        self._address_file = address_file
+        self.turns = turns
+        self._engine: Engine | None = None
+        self._failed = asyncio.Event()
+        self._places = Places()
+        self._vitals = Vitals(patience or Patience())
+        self._probation: asyncio.Task[None] | None = None
+        self._last_start_s = GUESSED_START_S
+        self._due = 0.0
+        # To be called at each part of an answer that comes from the engine, and when all of a good one has come.
+        self.heard, self.answered = self._vitals.heard, self._vitals.answered
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether a request would be answered, after waking the engine if need be."""
+        return self.state in (State.READY, State.ASLEEP)
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it can answer now: not so while another engine starts that it shares GPUs with."""
+        return self.can_answer and not (self.turns and self.turns.is_starting)
+
+    async def start(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Start the engine, read back what it computes, and answer one request with it.
+
+        Raises:
+            EngineNotStarted: with the last line of its log.
+            PrecisionRefused: it computes something else than is declared; it was ended, and is not to be retried.
+        """
+        async with AsyncExitStack() as turn:
+            for lock in self._start_locks:
+                await turn.enter_async_context(lock)
+            if self.turns:
+                await turn.enter_async_context(self.turns.starting(self))
+            try:
+                await self._start(say)
+            except Exception as error:
+                # Before the turn is passed on: whoever comes next needs the memory.
+                if isinstance(error, PrecisionRefused):
+                    self.state = State.REFUSED
+                await self._end_engine()
+                raise
+
+    async def _start(self, say: Callable[[str], None]) -> None:
+        if self.state is State.RESTARTING:
+            await self._checkpoints.verify_again(self.tier, self.manifest)
+        else:
+            self.state = State.STARTING
+        self.verified = None
+        began = time.monotonic()
+        self._due = began + self._last_start_s
+        port, key = free_port(), secrets.token_urlsafe(32)
+        command = engine_command(self.tier, self._backend, port, key, takes_faults=self._takes_faults)
+        self._failed.clear()
+        self._engine = await Engine.launch(
+            self.name, command, self.log_file, self.manifest.digest, self._address_file
+        )
+        self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
+        say("reading its precision back")
+        await self._read_back(self._engine)
+        say("warm-up request")
+        if self.state is State.STARTING:
+            self.state = State.WARMING_UP
+        await self._engine.warm_up(self.tier.name)
+        self._last_start_s = time.monotonic() - began
+        self._vitals.begin()
+        self.state = State.READY
+
+    async def keep(self) -> None:
+        """Watch the engine and start it again when it ends, for ever, waiting longer after each failure."""
+        backoff = FIRST_BACKOFF_S
+        while self.state is not State.REFUSED:
+            if self.state in UP:
+                ready_since = time.monotonic()
+                await self._until_it_fails()
+                if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
+                    backoff = FIRST_BACKOFF_S
+            self._fail()
+            await self._end_engine()
+            log.warning("%s: the engine ended; starting it again in %.0f s", self.name, backoff)
+            self._due = time.monotonic() + backoff + self._last_start_s
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+            self.restarts += 1
+            self._metrics.restarts.labels(self.tier.name).inc()
+            try:
+                await self.start()
+            except AssayError as error:
+                log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+            except Exception:
+                # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
+                log.exception("%s: starting the engine failed", self.name)
+            else:
+                log.warning("%s: the engine is back", self.name)
+
+    async def stop(self) -> None:
+        """End the engine; returns when nothing of it is left."""
+        self.state = State.STOPPED
+        if self.turns:
+            self.turns.close()
+        await self._end_engine()
+
+    def slot(self) -> AbstractAsyncContextManager[Upstream]:
+        """A place for one request on this engine, which is woken if it sleeps, and the way to it.
+
+        Raises:
+            TierUnavailable: the engine is not ready.
+            TierNotVerified: it was refused.
+            BrokenOff: out of the block, when the engine is taken away meanwhile.
+        """
+        if not self.takes_requests:
+            raise self.unavailable()
+        return self._slot_in_turn(self.turns) if self.turns else self._slot_now()
+
+    def _slot_now(self) -> AbstractAsyncContextManager[Upstream]:
+        if self.state is not State.READY or self._engine is None:
+            raise self.unavailable()
+        return self._places.take(self._engine.upstream)
+
+    @asynccontextmanager
+    async def _slot_in_turn(self, turns: Turns) -> AsyncIterator[Upstream]:
+        async with AsyncExitStack() as turn:
+            turn.enter_context(self._places.count())
+            try:
+                await turn.enter_async_context(turns.awake(self))
+            except EngineNotStarted as error:
+                raise self.unavailable() from error
+            yield await turn.enter_async_context(self._slot_now())
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back until `wake`; an engine that cannot is ended, and started again."""
+        # One that is suspended sleeps as well, which ends its suspension: the memory may be wanted.
+        if self.state in (State.READY, State.SUSPENDED) and self._engine is not None:
+            self.state = State.ASLEEP
+            try:
+                await self._engine.sleep()
+            except EngineNotStarted as error:
+                log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+                self._fail()
+        if self.state is not State.ASLEEP:
+            await self._end_engine()  # it failed just now, or a moment ago: its memory is wanted
+
+    async def wake(self) -> None:
+        """Take the GPU's memory again; an engine that cannot is started again."""
+        if self.state is State.ASLEEP and self._engine is not None:
+            began = time.monotonic()
+            try:
+                await self._engine.wake()
+            except EngineNotStarted:
+                self._fail()
+                raise
+            self._metrics.waking.labels(self.tier.name).observe(time.monotonic() - began)
+            if self.state is State.ASLEEP:  # and was not stopped meanwhile
+                self._vitals.begin()
+                self.state = State.READY
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs. Raises TierUnavailable while there is none."""
+        if self.state not in UP or self._engine is None:
+            raise self.unavailable()
+        return self._engine
+
+    @property
+    def running(self) -> int:
+        """Requests that the engine works on now, or that wait for it to wake."""
+        return self._places.taken
+
+    def unavailable(self) -> Refusal:
+        """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
+        if self.state is State.REFUSED and self.verified is not None:
+            return TierNotVerified(self.tier.name, self.verified.disagreements)
+        wait = max(1, math.ceil(self._due - time.monotonic()))
+        return TierUnavailable(self.tier.name, self.state.value, wait)
+
+    async def is_alive(self) -> bool:
+        """Ask the engine now, and take it out of service at once if it is gone."""
+        engine = self._engine
+        if self.state not in UP or engine is None:
+            return False
+        alive = await engine.is_alive()
+        if not alive and engine is self._engine:
+            self._fail()
+        return alive
+
+    def erred(self) -> None:
+        """To be called when the engine has answered a request with an error of its own (5xx).
+
+        After too many in a row it gets no requests for a while, and must then answer a probe, or is replaced.
+        """
+        if self.state is not State.READY or (rest_s := self._vitals.erred()) is None:
+            return
+        log.warning("%s: the engine errs at every request; it rests for %.0f s", self.name, rest_s)
+        self._metrics.ejections.labels(self.tier.name).inc()
+        self._due = time.monotonic() + rest_s
+        self.state = State.SUSPENDED
+        if self._probation:
+            self._probation.cancel()
+        self._probation = asyncio.create_task(self._let_back(rest_s))
+
+    async def _let_back(self, rest_s: float) -> None:
+        """End the suspension after ``rest_s``: one way or the other."""
+        await asyncio.sleep(rest_s)
+        if self.state is not State.SUSPENDED or self._engine is None:
+            return
+        if await self._vitals.probe(self._engine, self.tier.name) is not Finding.WORKS:
+            log.warning("%s: the engine still does not answer as it should", self.name)
+            self._fail()
+        elif self.state is State.SUSPENDED:
+            self.state = State.READY
+
+    def _fail(self) -> None:
+        """Out of service; the keeper starts it again."""
+        if self.state not in UP:
+            return
+        self._due = time.monotonic() + FIRST_BACKOFF_S + self._last_start_s
+        self.state = State.RESTARTING
+        self._failed.set()
+
+    async def _read_back(self, engine: Engine) -> None:
+        """Hold what the engine computes against the manifest."""
+        shape = ModelShape.read(self.tier.checkpoint)
+        self.verified = verify_precision(
+            self.manifest.precision, await engine.readings(), shape, takes_faults=self._takes_faults
+        )
+        if not self.verified.agrees:
+            raise PrecisionRefused(self.name, self.verified.disagreements)
+
+    async def _until_it_fails(self) -> None:
+        engine = self._engine
+        assert engine is not None
+        assert engine.process is not None
+        hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
+        signs = (engine.process.wait(), self._failed.wait(), self._until_it_is_gone(), hangs)
+        watching = [asyncio.ensure_future(sign) for sign in signs]
+        try:
+            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for sign in watching:
+                sign.cancel()
+
+    async def _until_it_is_gone(self) -> None:
+        await asyncio.sleep(WATCH_S)
+        while await self.is_alive():
+            await asyncio.sleep(WATCH_S)
+
+    async def _end_engine(self) -> None:
+        # First what is still being answered, which so gets its error event, whatever the engine makes of its end.
+        self._places.break_off()
+        if self._probation:
+            self._probation.cancel()
+        if self._engine is not None:
+            await self._engine.stop()
+            self._engine = None  # only now, so that a second call ends it too
+        if self.turns:
+            self.turns.forget(self)
