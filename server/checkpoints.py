@@ -10,7 +10,7 @@ import psutil
 
 from server.alone import alone
 from server.config import Config
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape
 from tiers.digests import DigestCache, sha256_of

@@ -21,9 +21,10 @@ from server.commands.keys import keys_app
 from server.commands.operators import operators
 from server.commands.sensitivity import sensitivity
 from server.commands.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
-from server.config import ModelConfig, choose_tiers, load_config
+from server.config import choose_tiers, load_config
 from server.engines.fleet import Fleet
 from server.keys import Keys
+from server.model_config import ModelConfig
 from server.progress import Steps
 from tiers.catalog import CATALOG, find_member
 from tiers.engine import installed_backend

@@ -11,7 +11,7 @@ from server.app import Gateway
 from server.config import Config
 from server.connections import ConnectionLimits, connection_class
 from server.keys import Keys
-from server.launch.local import GRACE_S
+from server.launch.process import GRACE_S
 from server.line import notice_the_gone
 from server.metrics import Metrics
 from tiers.errors import AssayError, ConfigError

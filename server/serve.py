@@ -22,6 +22,7 @@ from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.turns import Turns, share
 from server.keys import Keys
+from server.launch.local import LocalLaunch
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
@@ -140,6 +141,8 @@ async def _prepare(
     turns = _turns(engines, config.idle_after_s)
     locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
 
+    launch = LocalLaunch(backend, takes_faults=takes_faults)
+
     def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
         return Replica(
             engine,
@@ -147,7 +150,7 @@ async def _prepare(
             plan.context_length,
             number=number,
             of=plan.replicas,
-            backend=backend,
+            launch=launch,
             checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
@@ -162,6 +165,8 @@ async def _prepare(
     pools = [
         Pool(
             plan.tier,
+            manifests[plan.name],
+            plan.context_length,
             [replica(plan, number, engine) for number, engine in enumerate(plan.tier.engines(), 1)],
             metrics,
             max_num_seqs=plan.max_num_seqs,

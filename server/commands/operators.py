@@ -17,7 +17,7 @@ from server.checkpoints import Checkpoints
 from server.commands.console import ConfigOption, JsonOption, configured_models, err, log_to, out
 from server.commands.tables import show, table
 from server.config import Config, load_config
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape
 from tiers.engine import installed_backend, vllm_environment

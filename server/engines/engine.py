@@ -12,9 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.engines.address import Address
 from server.engines.upstream import IDLE_S, Upstream
-from server.launch.local import LocalProcess
+from server.launch.launch import Launched, Process
 from server.measuring.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
-from tiers.engine import EngineCommand
 from tiers.errors import AssayError
 from tiers.probe.reading import (
     OWN,
@@ -47,11 +46,9 @@ class PrecisionRefused(AssayError):
 
 
 class Engine(Measurable):
-    """A vLLM server that answers on a loopback port to the holder of its key."""
+    """A vLLM server that answers to the holder of its key."""
 
-    def __init__(
-        self, name: str, url: str, key: str, process: LocalProcess | None, *, gives_way: bool = False
-    ) -> None:
+    def __init__(self, name: str, url: str, key: str, process: Process | None, *, gives_way: bool = False) -> None:
         self.name = name
         self.process = process
         self.gives_way = gives_way
@@ -66,22 +63,18 @@ class Engine(Measurable):
         )
 
     @classmethod
-    async def launch(
-        cls, name: str, command: EngineCommand, log: Path, checkpoint: str = "", address_file: Path | None = None
-    ) -> "Engine":
-        """Start the server's processes; it does not answer yet. Where it will is written down until it ends.
+    def of(cls, name: str, launched: Launched, checkpoint: str = "", address_file: Path | None = None) -> "Engine":
+        """What was launched; it need not answer yet. Where it will is written down until it ends.
 
         Args:
             name: for people.
-            command: what is started.
-            log: where it writes.
+            launched: where it will answer, and its processes.
             checkpoint: the digest of the manifest that it is loaded by.
             address_file: where it is written down how the engine is reached; nowhere by default.
         """
-        process = await LocalProcess.start(command.arguments, command.environment, log)
-        engine = cls(name, f"http://127.0.0.1:{command.port}", command.api_key, process)
+        engine = cls(name, launched.url, launched.key, launched.process)
         if address_file is not None:
-            address = Address(url=f"http://127.0.0.1:{command.port}", key=command.api_key, checkpoint=checkpoint)
+            address = Address(url=launched.url, key=launched.key, checkpoint=checkpoint)
             address.write(address_file)
             engine._written_down = (address, address_file)
         return engine
@@ -99,11 +92,11 @@ class Engine(Measurable):
             raise self._problem(f"the engine was not ready after {timeout_s:.0f} s (start_timeout_s)") from None
 
     async def _version(self, say: Callable[[str], None]) -> str:
-        assert self.process is not None
         while True:
-            if self.process.exit_code is not None:
-                raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
-            say(self.process.last_line().rpartition("] ")[2].strip())
+            if self.process is not None:
+                if self.process.exit_code is not None:
+                    raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
+                say(self.process.last_line().rpartition("] ")[2].strip())
             if (version := await self.version()) is not None:
                 return version
             await asyncio.sleep(POLL_S)

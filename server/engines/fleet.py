@@ -1,10 +1,15 @@
 """All replicas of a server: watched, drained and stopped together."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable
 
 from server.engines.pool import Pool
+from server.engines.replica import Replica
+from tiers.errors import AssayError
+
+log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
@@ -12,8 +17,12 @@ class Fleet:
 
     def __init__(self, pools: Iterable[Pool]) -> None:
         self.pools = tuple(pools)
-        self.replicas = tuple(replica for pool in self.pools for replica in pool.replicas)
-        self._keepers: list[asyncio.Task[None]] = []
+        self._keepers: dict[Replica, asyncio.Task[None]] = {}
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Those there are now."""
+        return tuple(replica for pool in self.pools for replica in pool.replicas)
 
     @property
     def is_ready(self) -> bool:
@@ -27,7 +36,23 @@ class Fleet:
 
     def watch(self) -> None:
         """From now on, start again what ends."""
-        self._keepers = [asyncio.create_task(replica.keep()) for replica in self.replicas]
+        for replica in self.replicas:
+            self._keepers[replica] = asyncio.create_task(replica.keep())
+
+    def add(self, pool: Pool, replica: Replica) -> None:
+        """One replica more: it is started now, watched, and takes requests as soon as it can."""
+        pool.add(replica)
+        self._keepers[replica] = asyncio.create_task(_bring_up(replica))
+
+    async def remove(self, pool: Pool, replica: Replica, timeout_s: float) -> None:
+        """One replica fewer: it gets nothing new, ends what it works on within the time, and is stopped."""
+        await replica.drain(timeout_s)
+        pool.remove(replica)
+        keeper = self._keepers.pop(replica, None)
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        await replica.stop()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until no request runs; False if some still did when the time was over."""
@@ -38,7 +63,17 @@ class Fleet:
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
-        for keeper in self._keepers:
+        keepers = tuple(self._keepers.values())
+        for keeper in keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
+
+
+async def _bring_up(replica: Replica) -> None:
+    """Start it, and watch it from then on."""
+    try:
+        await replica.start()
+    except AssayError as error:
+        log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+    await replica.keep()

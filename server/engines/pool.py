@@ -6,28 +6,52 @@ from server.engines.replica import Replica
 from server.engines.state import State
 from server.errors import Refusal, TierUnavailable
 from server.metrics import Metrics
+from tiers.manifest import Manifest
 from tiers.tier import Tier
 from tiers.verification import VerifiedPrecision
 
 _BEST_FIRST = (
     *(State.READY, State.ASLEEP, State.SUSPENDED, State.WARMING_UP, State.STARTING, State.RESTARTING),
-    *(State.REFUSED, State.STOPPED),
+    *(State.DRAINING, State.REFUSED, State.STOPPED),
 )
 """By how soon an answer is to be had."""
+AN_ENGINE_S = 10
+"""When to ask again where no engine is even known."""
 
 
 class Pool:
     """The replicas of one tier: engines of the same checkpoint, each as good as any other."""
 
-    def __init__(self, tier: Tier, replicas: Iterable[Replica], metrics: Metrics, *, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        manifest: Manifest,
+        context_length: int,
+        replicas: Iterable[Replica],
+        metrics: Metrics,
+        *,
+        max_num_seqs: int,
+    ) -> None:
         self.tier = tier
+        self.manifest = manifest
+        self.context_length = context_length
         self.replicas = tuple(replicas)
-        self.manifest = self.replicas[0].manifest
-        self.context_length = self.replicas[0].context_length
-        self.requests_at_once = max_num_seqs * len(self.replicas)
-        """What the engines work on together; what goes beyond waits in one of them."""
+        """Those there are now; `Fleet.add` and `Fleet.remove` make it more or fewer."""
         self._max_num_seqs = max_num_seqs
         metrics.declare(tier.name, self)
+
+    def add(self, replica: Replica) -> None:
+        """One more, which takes requests as soon as it can."""
+        self.replicas += (replica,)
+
+    def remove(self, replica: Replica) -> None:
+        """One fewer; what it works on is its own to end."""
+        self.replicas = tuple(each for each in self.replicas if each is not replica)
+
+    @property
+    def requests_at_once(self) -> int:
+        """What the engines work on together; what goes beyond waits in one of them."""
+        return self._max_num_seqs * len(self.replicas)
 
     @property
     def can_answer(self) -> bool:
@@ -57,7 +81,7 @@ class Pool:
     @property
     def state(self) -> State:
         """That of the replica which could answer soonest."""
-        return min((replica.state for replica in self.replicas), key=_BEST_FIRST.index)
+        return min((replica.state for replica in self.replicas), key=_BEST_FIRST.index, default=State.STOPPED)
 
     @property
     def restarts(self) -> int:
@@ -83,9 +107,8 @@ class Pool:
         Raises:
             Refusal: there is none; what `unavailable` says.
         """
-        first = self.replicas[0]  # most tiers have no other, and every request comes by here
-        if len(self.replicas) == 1 and not tried and first.takes_requests:
-            return first
+        if len(self.replicas) == 1 and not tried and (only := self.replicas[0]).takes_requests:
+            return only  # most tiers have no other, and every request comes by here
         able = [replica for replica in self.replicas if replica.takes_requests and replica not in tried]
         if not able and any(replica.takes_requests for replica in tried):
             raise TierUnavailable(self.tier.name, "failing", retry_after=1)
@@ -103,6 +126,8 @@ class Pool:
 
     def unavailable(self) -> Refusal:
         """Why nobody can answer, and when somebody could: what the replica says that is back first."""
+        if not self.replicas:
+            return TierUnavailable(self.tier.name, "without an engine", retry_after=AN_ENGINE_S)
         refusals = [replica.unavailable() for replica in self.replicas]
         waits = [refusal for refusal in refusals if isinstance(refusal, TierUnavailable)]
         return min(waits, key=lambda refusal: refusal.retry_after, default=refusals[0])

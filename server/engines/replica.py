@@ -3,24 +3,23 @@
 import asyncio
 import logging
 import math
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
 from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
+from server.engines.signs import first_of, until_not
 from server.engines.state import UP, State
 from server.engines.turns import Turns
 from server.engines.upstream import Upstream
 from server.engines.vitals import Finding, Patience, Vitals
 from server.errors import Refusal, TierNotVerified, TierUnavailable
-from server.launch.local import free_port
+from server.launch.launch import Launch
 from server.metrics import Metrics
 from tiers.catalog import ModelShape
-from tiers.engine import Backend, engine_command
 from tiers.errors import AssayError
 from tiers.manifest import Manifest
 from tiers.tier import Tier
@@ -28,10 +27,10 @@ from tiers.verification import VerifiedPrecision, verify_precision
 
 log = logging.getLogger("assay.replica")
 
-WATCH_S = 2.0
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 GUESSED_START_S = 60.0
+DRAIN_POLL_S = 0.05
 
 
 class Replica:
@@ -45,7 +44,7 @@ class Replica:
         *,
         number: int = 1,
         of: int = 1,
-        backend: Backend,
+        launch: Launch,
         checkpoints: Checkpoints,
         logs: Path,
         metrics: Metrics,
@@ -65,7 +64,7 @@ class Replica:
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
         self.restarts = 0
-        self._backend: Backend = backend
+        self._launch = launch
         self._checkpoints = checkpoints
         self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")
         self._metrics = metrics
@@ -81,7 +80,7 @@ class Replica:
         self._probation: asyncio.Task[None] | None = None
         self._last_start_s = GUESSED_START_S
         self._due = 0.0
-        # To be called at each part of an answer that comes from the engine, and when all of a good one has come.
+        # To be called at each part of an answer that comes from it, and when all of a good one has come.
         self.heard, self.answered = self._vitals.heard, self._vitals.answered
 
     @property
@@ -123,12 +122,9 @@ class Replica:
         self.verified = None
         began = time.monotonic()
         self._due = began + self._last_start_s
-        port, key = free_port(), secrets.token_urlsafe(32)
-        command = engine_command(self.tier, self._backend, port, key, takes_faults=self._takes_faults)
         self._failed.clear()
-        self._engine = await Engine.launch(
-            self.name, command, self.log_file, self.manifest.digest, self._address_file
-        )
+        launched = await self._launch.begin(self.tier, self.log_file)
+        self._engine = Engine.of(self.name, launched, self.manifest.digest, self._address_file)
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
         say("reading its precision back")
         await self._read_back(self._engine)
@@ -166,6 +162,15 @@ class Replica:
                 log.exception("%s: starting the engine failed", self.name)
             else:
                 log.warning("%s: the engine is back", self.name)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, and wait until no request runs; False if some still did when the time was over."""
+        if self.state in UP:
+            self.state = State.DRAINING
+        until = time.monotonic() + timeout_s
+        while self.running and time.monotonic() < until:
+            await asyncio.sleep(DRAIN_POLL_S)
+        return not self.running
 
     async def stop(self) -> None:
         """End the engine; returns when nothing of it is left."""
@@ -303,20 +308,11 @@ class Replica:
     async def _until_it_fails(self) -> None:
         engine = self._engine
         assert engine is not None
-        assert engine.process is not None
         hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
-        signs = (engine.process.wait(), self._failed.wait(), self._until_it_is_gone(), hangs)
-        watching = [asyncio.ensure_future(sign) for sign in signs]
-        try:
-            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for sign in watching:
-                sign.cancel()
-
-    async def _until_it_is_gone(self) -> None:
-        await asyncio.sleep(WATCH_S)
-        while await self.is_alive():
-            await asyncio.sleep(WATCH_S)
+        signs: list[Awaitable[object]] = [self._failed.wait(), until_not(self.is_alive), hangs]
+        if engine.process is not None:
+            signs.append(engine.process.wait())
+        await first_of(signs)
 
     async def _end_engine(self) -> None:
         # First what is still being answered, which so gets its error event, whatever the engine makes of its end.

@@ -11,10 +11,11 @@ class State(StrEnum):
     READY = "ready"
     ASLEEP = "asleep"
     SUSPENDED = "suspended"
+    DRAINING = "draining"
     RESTARTING = "restarting"
     REFUSED = "refused"
     STOPPED = "stopped"
 
 
-UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED})
+UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED, State.DRAINING})
 """Those in which there is an engine to watch."""

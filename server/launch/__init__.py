@@ -1,1 +1,1 @@
-"""How a replica comes to life. Today: a local process."""
+"""How a replica comes to life."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from server.certificates import Certificates
 from server.config import Config
 from server.engines.pool import Pool
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from server.standing import Standings
 from tiers.tier import TierKind
 

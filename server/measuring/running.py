@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from server.config import Config, TierConfig
+from server.config import Config
 from server.engines.address import Address
 from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
 from server.engines.replica import Replica
+from server.model_config import TierConfig
 from server.progress import Steps
 from server.serve import running_engines
 from tiers.catalog import ModelShape

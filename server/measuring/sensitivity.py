@@ -10,7 +10,7 @@ from rich.markup import escape
 from server.alone import alone
 from server.checkpoints import Checkpoints
 from server.config import Config
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from server.progress import Steps
 from tiers.catalog import ModelShape
 from tiers.engine import gpu_environment

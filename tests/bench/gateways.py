@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 from server.keys import KeyFile
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.bench.answers import WrongAnswer
 from tests.bench.load import ROOT, Load, Order
 from tests.bench.machine import first_core, other_cores

@@ -20,6 +20,7 @@ from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.state import State
 from server.keys import Keys
+from server.launch.local import LocalLaunch
 from server.listener import http_server, listening_socket
 from server.metrics import Metrics
 from server.progress import Steps
@@ -46,14 +47,14 @@ def app_of(config: Config, metrics: Metrics, upstream: str) -> Gateway:
         tier,
         _manifest(tier),
         2048,
-        backend="cpu",
+        launch=LocalLaunch("cpu"),
         checkpoints=Checkpoints(config, Steps()),
         logs=config.logs,
         metrics=metrics,
         start_timeout_s=config.start_timeout_s,
     )
     replica.connect(upstream)
-    pool = Pool(tier, [replica], metrics, max_num_seqs=AT_ONCE)
+    pool = Pool(tier, replica.manifest, 2048, [replica], metrics, max_num_seqs=AT_ONCE)
     return build_app(config, Fleet([pool]), Keys(config.keys_file), metrics)
 
 

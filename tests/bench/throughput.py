@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from server.progress import Steps
 from tests.bench.bootstrap import interval
 from tests.bench.load import ROOT, Load, Order

@@ -21,7 +21,7 @@ import openai
 import psutil
 import pytest
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests import tiny_llama
 from tiers.conformance.findings import FEWEST_PROMPTS
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import CHECKPOINTS, LITE_RECIPE, MODEL, REFERENCE_KL, Server, starting
 from tiers.catalog import ModelShape
 from tiers.manifest import Manifest

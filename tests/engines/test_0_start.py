@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import ROOT
 
 ASSAY = str(Path(sys.executable).with_name("assay"))

@@ -20,7 +20,7 @@ import openai
 import psutil
 import pytest
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import MODEL, ROOT, Server, wait_until
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from server.keys import KeyFile
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import MODEL, ROOT, Server, is_needed, starting, wait_for, wait_until
 from tests.engines.forging import is_read
 

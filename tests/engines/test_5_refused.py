@@ -10,7 +10,7 @@ import openai
 import psutil
 import pytest
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import MODEL, Certified, Server, wait_for, wait_until
 from tests.engines.forging import BUILT, LITE, TURBO, config_of, home_with_reference, is_read
 from tiers.conformance.certificate import Certificate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.engines.conftest import MODEL, ROOT, TIERS, Server, wait_until
 from tiers.hardware import present_gpus
 

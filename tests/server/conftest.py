@@ -24,7 +24,7 @@ import server.certificates
 from server.app import Gateway as App
 from server.app import build_app
 from server.checkpoints import Checkpoints
-from server.config import Config, ModelConfig, TierConfig
+from server.config import Config
 from server.engines.engine import Engine
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
@@ -34,8 +34,10 @@ from server.engines.turns import Turns
 from server.engines.vitals import Patience, Vitals
 from server.exchange import WHEN_GONE, Tell
 from server.keys import Keys
-from server.launch.local import LocalProcess
+from server.launch.local import LocalLaunch
+from server.launch.process import LocalProcess
 from server.metrics import Metrics
+from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
 from tests.tiers.samples import BUDGET
 from tiers.catalog import ModelShape
@@ -234,7 +236,7 @@ def fake_replica(
         2048,
         number=number,
         of=of,
-        backend="cpu",
+        launch=LocalLaunch("cpu"),
         checkpoints=Checkpoints(config, Steps()),
         logs=config.home,
         metrics=metrics,
@@ -271,7 +273,7 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
     metrics = Metrics()
     tier = config.tiers[0]
     replica = fake_replica(config, metrics)
-    pool = Pool(tier, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
+    pool = Pool(tier, replica.manifest, 2048, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
         app = build_app(config, Fleet([pool]), Keys(config.keys_file), metrics)

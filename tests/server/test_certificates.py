@@ -87,7 +87,7 @@ def pool_of(home: Path, replicas: int = 1) -> tuple[Pool, Standings]:
     for replica in made:
         replica.state = State.READY
         runs(replica)
-    pool = Pool(config.tiers[0], made, metrics, max_num_seqs=1)
+    pool = Pool(config.tiers[0], made[0].manifest, 2048, made, metrics, max_num_seqs=1)
     return pool, Standings(Certificates(config.certificates), held_to)
 
 

@@ -22,7 +22,7 @@ import tiers.hardware
 from server.alone import alone
 from server.cli import main
 from server.keys import KeyFile
-from server.launch.local import free_port
+from server.launch.process import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
 from tiers.errors import AssayError

@@ -8,12 +8,13 @@ import pytest
 
 from server.app import build_app
 from server.certificates import Certificates
-from server.config import Config, ModelConfig, TierConfig, load_config
+from server.config import Config, load_config
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.state import State
 from server.keys import Keys
 from server.metrics import Metrics
+from server.model_config import ModelConfig, TierConfig
 from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica, running_gateway
 from tests.server.test_certificates import MODEL, answers, error_of, findings, get, held_to, runs, save, says
 from tiers.errors import ConfigError
@@ -186,6 +187,8 @@ class TwoTiers:
             runs(replica)
         turbo.connect(first.replica.url)
         reference.state = State.READY
-        pools = [Pool(each.tier, [each], metrics, max_num_seqs=1) for each in (reference, turbo)]
+        pools = [
+            Pool(each.tier, each.manifest, 2048, [each], metrics, max_num_seqs=1) for each in (reference, turbo)
+        ]
         app = build_app(config, Fleet(pools), Keys(config.keys_file), metrics)
         return cls(Gateway(app, reference, metrics), turbo)

@@ -520,7 +520,7 @@ def _has_ipv6() -> bool:
 
 async def test_the_greeting_says_who_may_call(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     replica = gateway.replica
-    fleet = Fleet([Pool(replica.tier, [replica], Metrics(), max_num_seqs=1)])
+    fleet = Fleet([Pool(replica.tier, replica.manifest, 2048, [replica], Metrics(), max_num_seqs=1)])
     welcome(fleet, "http://127.0.0.1:8000", with_keys=False)
     shown = capsys.readouterr().out
     assert "\nNo keys: whoever is on this machine may call. `assay keys add NAME` makes one.\n" in shown

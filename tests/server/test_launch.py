@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from tests.server.conftest import Gateway
 
 TREE = """
@@ -118,8 +118,8 @@ async def test_a_tree_that_was_stopped_takes_no_sigterm_and_is_ended_all_the_sam
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whom: str
 ) -> None:
     """As an engine that hangs: its API server, its core, a worker, or whatever SIGSTOP reached."""
-    monkeypatch.setattr("server.launch.local.GRACE_S", 0.1)
-    monkeypatch.setattr("server.launch.local.TETHER_GRACE_S", 0.1)
+    monkeypatch.setattr("server.launch.process.GRACE_S", 0.1)
+    monkeypatch.setattr("server.launch.process.TETHER_GRACE_S", 0.1)
     process, children = await start(WAITS, tmp_path)
     command = psutil.Process(children[0].ppid())
     tether = psutil.Process(command.ppid())

@@ -42,7 +42,9 @@ class Three:
         self.replicas = [fake_replica(config, self.metrics, number, 3) for number in (1, 2, 3)]
         for replica in self.replicas:
             replica.state = State.READY
-        self.pool = Pool(config.tiers[0], self.replicas, self.metrics, max_num_seqs=AT_ONCE)
+        self.pool = Pool(
+            config.tiers[0], self.replicas[0].manifest, 2048, self.replicas, self.metrics, max_num_seqs=AT_ONCE
+        )
         app = build_app(config, Fleet([self.pool]), Keys(config.keys_file), self.metrics)
         self.gateway = Gateway(app, self.replicas[0], self.metrics)
 

@@ -16,7 +16,7 @@ import server.engines.vitals
 from server.engines.state import State
 from server.engines.turns import Turns
 from server.engines.vitals import Finding, Patience, Vitals
-from server.launch.local import LocalProcess
+from server.launch.process import LocalProcess
 from tests.server.conftest import Gateway
 
 PROBE = "/v1/completions"

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from server.config import Config, ModelConfig, TierConfig, load_config
+from server.config import Config, load_config
 from server.engines.address import Address
 from server.engines.pool import Pool
 from server.engines.state import State
 from server.measuring import background
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
+from server.model_config import ModelConfig, TierConfig
 from tests.server.conftest import FakeEngineReplica, Gateway
 from tests.server.test_certificates import MODEL, findings, runs, save
 from tests.tiers.samples import BUDGET
@@ -52,7 +53,7 @@ def replica(gateway: Gateway) -> FakeEngineReplica:
 
 @pytest.fixture
 def pool(replica: FakeEngineReplica) -> Pool:
-    return Pool(replica.tier, [replica], Metrics(), max_num_seqs=1)
+    return Pool(replica.tier, replica.manifest, 2048, [replica], Metrics(), max_num_seqs=1)
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server.config import Config, ModelConfig, TierConfig
+from server.config import Config
 from server.engines.address import Address
 from server.engines.engine import PrecisionRefused
 from server.measuring import measurable as measurable_module
 from server.measuring import running as module
 from server.measuring.running import engines_to_measure, only
+from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
 from tests.server.conftest import Gateway
 from tests.tiers.test_recipe import SMOL
