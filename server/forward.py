@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
+from server.engines.affinity import NO_WORK, Work
 from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
@@ -61,6 +62,8 @@ class Errand:
     body: bytes
     request_id: str
     format: Format
+    work: Work = NO_WORK
+    """What it is to whichever engine takes it."""
 
 
 async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, metrics: Metrics) -> bytes | None:
@@ -90,7 +93,8 @@ async def _at_one_of(
 ) -> T:
     tried: list[Replica] = []
     while True:
-        replica = pool.pick(tried)
+        replica = pool.pick(errand.work, tried)
+        replica.outstanding += errand.work.tokens
         try:
             return await work(replica)
         except (UpstreamBroke, BrokenOff, EngineBroke) as error:
@@ -108,6 +112,8 @@ async def _at_one_of(
                 raise EngineFailed(f"The engine of {pool.tier.name} failed on this request.") from error
             else:
                 raise replica.unavailable() from error
+        finally:
+            replica.outstanding -= errand.work.tokens
 
 
 async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
+from server.engines.affinity import seed_of
 from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
 from server.engines.signs import first_of, until_not
@@ -64,6 +65,9 @@ class Replica:
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
         self.restarts = 0
+        self.outstanding = 0
+        """Tokens that requests on it have still to read or to write, about: whoever sends one counts it here."""
+        self.rank_seed = seed_of(self.name)
         self._launch = launch
         self._checkpoints = checkpoints
         self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")

@@ -53,9 +53,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class FakeEngineReplica(Replica):
     """A replica whose engine is a handler of the test."""
 
-    def connect(self, url: str) -> None:
+    def connect(self, url: str, key: str = "key") -> None:
         self.url = url
-        self._engine = Engine(self.tier.name, url, "key", None)
+        self._engine = Engine(self.tier.name, url, key, None)
         self.state = State.READY
 
     @property
