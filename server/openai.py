@@ -227,7 +227,7 @@ class Endpoint:
 def _work(call: Call, pool: Pool, prompt_guess: int) -> Work:
     salt = call.cache_salt if isinstance(call.cache_salt, str) else ""
     answers = call.choices * pool.expected_answer(call.output_tokens)
-    return Work(prompt_guess + answers, head_of(call.beginning, salt))
+    return Work(prompt_guess, answers, head_of(call.beginning, salt))
 
 
 def tier_headers(pool: Pool, verdict: Outcome) -> Headers:

@@ -1,6 +1,6 @@
 """How a tier's replicas are chosen, beside turn by turn: prefix-cache hits and time to first token.
 
-usage: make bench-routing ARGS="[--home FOLDER] [--rounds N] [--groups N] [--each N] [--at-once N] [--quick] [--json]"
+usage: make bench-routing ARGS="[--rounds N] [--groups N] [--each N] [--at-once N] [--words N] [--quick] [--json]"
 
 Two real engines of the embedded model are started once, and two gateways stand in front of the same two:
 Assay's, and one that is the same but for its choice, which goes round robin. A round is asked of both, by turns
@@ -175,11 +175,11 @@ def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path(".assay"), help="where the checkpoint is, or will be")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--groups", type=int, default=12, help="of prompts that begin alike")
-    parser.add_argument("--each", type=int, default=6, help="prompts of a group")
-    parser.add_argument("--words", type=int, default=300, help="of a system message, about 2.5 tokens each")
-    parser.add_argument("--at-once", type=int, default=6, help="requests")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=8, help="of prompts that begin alike")
+    parser.add_argument("--each", type=int, default=8, help="prompts of a group")
+    parser.add_argument("--words", type=int, default=200, help="of a system message, about 2.5 tokens each")
+    parser.add_argument("--at-once", type=int, default=4, help="requests")
     parser.add_argument("--cache", type=float, default=0.25, help="GiB of KV cache of each engine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one small round: shows that it runs")

@@ -1,6 +1,5 @@
-"""Prompts that begin alike go to one engine, as long as that is no worse off than the others."""
+"""Prompts that begin alike go to an engine that has read the beginning, as long as that saves work."""
 
-import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -8,7 +7,16 @@ import msgspec
 import pytest
 
 from server.call import Call, read_call
-from server.engines.affinity import HEAD_CHARACTERS, MOST_LOAD, SHORTEST_HEAD, Work, choose, head_of, seed_of
+from server.engines.affinity import (
+    HEAD_CHARACTERS,
+    MOST_HEADS,
+    SHORTEST_HEAD,
+    Load,
+    Work,
+    choose,
+    head_of,
+    seed_of,
+)
 from server.responses_call import ResponsesCall
 from server.text_call import ChatCall, CompletionCall
 
@@ -18,12 +26,11 @@ class One:
     """An engine, as a choice sees it."""
 
     name: str
-    outstanding: int = 0
     running: int = 0
-    rank_seed: int = field(init=False)
+    load: Load = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rank_seed = seed_of(self.name)
+        self.load = Load(self.name)
 
 
 def engines(count: int) -> list[One]:
@@ -34,55 +41,89 @@ def heads(count: int) -> list[int]:
     return [seed_of(f"head {number}") for number in range(count)]
 
 
-def test_the_same_head_goes_to_the_same_engine_and_heads_are_spread_evenly() -> None:
-    four = engines(4)
-    first = [choose(four, Work(100, head)).name for head in heads(4000)]
-    assert first == [choose(four, Work(100, head)).name for head in heads(4000)]
-    assert all(900 < count < 1100 for count in Counter(first).values()), Counter(first)
+def test_a_new_head_goes_to_its_home_and_heads_are_spread_evenly() -> None:
+    homes = [choose(engines(4), Work(100, 10, head)).name for head in heads(4000)]
+    assert homes == [choose(engines(4), Work(100, 10, head)).name for head in heads(4000)], "in every gateway"
+    assert all(900 < count < 1100 for count in Counter(homes).values()), Counter(homes)
 
 
 def test_an_engine_that_goes_moves_no_heads_but_its_own() -> None:
     five = engines(5)
-    before = {head: choose(five, Work(100, head)) for head in heads(2000)}
-    after = {head: choose(five[:-1], Work(100, head)) for head in heads(2000)}
+    before = {head: choose(five, Work(100, 10, head)) for head in heads(2000)}
+    after = {head: choose(five[:-1], Work(100, 10, head)) for head in heads(2000)}
     moved = {head for head in before if before[head] is not after[head]}
     assert moved == {head for head in before if before[head] is five[-1]}
     assert max(Counter(after[head].name for head in moved).values()) < 0.35 * len(moved), "spread over all"
 
 
-def test_no_engine_gets_more_than_the_bound_however_popular_a_head() -> None:
-    four, cost = engines(4), 100
-    for _ in range(400):
-        choose(four, Work(cost, 7)).outstanding += cost
-        mean = sum(each.outstanding for each in four) / 4
-        assert max(each.outstanding for each in four) <= MOST_LOAD * mean + cost
-    assert len({each.outstanding for each in four}) > 1, "the favourite has more than the others"
+def test_waiting_for_the_engine_that_knows_the_head_is_bounded_by_what_that_saves() -> None:
+    knows, other = engines(2)
+    work = Work(prompt=500, answer=10, head=7)
+    knows.load.remember(work)
+    with knows.load.take(Work(prompt=499)):
+        assert choose([other, knows], work) is knows
+        with knows.load.take(Work(prompt=2)):
+            assert choose([other, knows], work) is other
+
+
+def test_an_engine_that_took_what_was_too_much_for_home_knows_the_head_too() -> None:
+    work = Work(prompt=500, answer=10, head=7)
+    three = engines(3)
+    home = choose(three, work)
+    home.load.remember(work)
+    with home.load.take(Work(prompt=1000)):
+        second = choose(three, work)
+        assert second is not home
+        second.load.remember(work)
+        assert choose(three, work) is second
+    assert choose([home], work) is home
+
+
+def test_of_a_prompt_that_has_grown_only_the_new_part_is_to_be_read() -> None:
+    load = Load("engine")
+    load.remember(Work(prompt=400, head=7))
+    assert load.unread(Work(prompt=450, head=7)) == 50
+    assert load.unread(Work(prompt=300, head=7)) == 0
+    assert load.unread(Work(prompt=450, head=8)) == 450
+    load.forget()
+    assert load.unread(Work(prompt=450, head=7)) == 450
+
+
+def test_a_prompt_is_no_work_once_the_answer_has_begun_and_nothing_is_left_at_the_end() -> None:
+    load = Load("engine")
+    with load.take(Work(prompt=400, answer=30)) as burden:
+        assert load.outstanding == 430
+        burden.has_read()
+        assert load.outstanding == 30
+    assert load.outstanding == 0
+    with pytest.raises(ZeroDivisionError), load.take(Work(prompt=400, answer=30)):
+        raise ZeroDivisionError
+    assert load.outstanding == 0
+
+
+def test_only_so_many_heads_are_remembered_those_that_came_last() -> None:
+    load = Load("engine")
+    for head in range(MOST_HEADS + 1):
+        load.remember(Work(prompt=1, head=head))
+    assert not load.knows(0)
+    assert load.knows(MOST_HEADS)
 
 
 def test_without_a_head_the_least_outstanding_tokens_count_and_not_requests() -> None:
-    few_long, many_short = One("few", outstanding=9000, running=2), One("many", outstanding=500, running=9)
-    assert choose([few_long, many_short], Work(10)) is many_short
+    few_long, many_short = One("few", running=2), One("many", running=9)
+    with few_long.load.take(Work(9000)), many_short.load.take(Work(500)):
+        assert choose([few_long, many_short], Work(10)) is many_short
     idle = One("idle", running=1)
     assert choose([One("first", running=2), idle], Work(10)) is idle
 
 
-def test_a_random_workload_is_balanced_and_keeps_its_heads() -> None:
-    draw, four = random.Random(5), engines(4)
-    underway: list[tuple[One, int]] = []
-    favourite = {head: choose(engines(4), Work(1, head)).name for head in heads(40)}
-    kept = 0
-    for _ in range(4000):
-        head, cost = draw.choice(heads(40)), draw.randint(50, 2000)
-        chosen = choose(four, Work(cost, head))
-        chosen.outstanding += cost
-        underway.append((chosen, cost))
-        kept += chosen.name == favourite[head]
-        if len(underway) > 64:
-            done, its = underway.pop(draw.randrange(len(underway)))
-            done.outstanding -= its
-    assert kept / 4000 > 0.7, "most find their engine"
-    loads = [each.outstanding for each in four]
-    assert max(loads) <= MOST_LOAD * sum(loads) / 4 + 2000
+def test_a_popular_head_does_not_fall_upon_one_engine() -> None:
+    four = engines(4)
+    burdens = [choose(four, Work(500, 100, 7)).load.take(Work(500, 100, 7)).__enter__() for _ in range(100)]
+    loads = [each.load.outstanding for each in four]
+    assert min(loads) > 0
+    assert max(loads) - min(loads) <= 600
+    assert len(burdens) == 100
 
 
 LONG = "You are a helpful assistant of a large company. " * 40

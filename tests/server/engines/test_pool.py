@@ -248,7 +248,7 @@ async def test_prompts_that_begin_alike_go_to_one_engine_and_leave_no_load_behin
     taken: list[tuple[str, list[int]]] = []
 
     async def engine(request: web.Request) -> web.Response:
-        loads = [replica.outstanding for replica in three.replicas]
+        loads = [replica.load.outstanding for replica in three.replicas]
         taken.append((request.headers["authorization"], loads))
         return web.json_response(COMPLETION)
 
@@ -265,7 +265,7 @@ async def test_prompts_that_begin_alike_go_to_one_engine_and_leave_no_load_behin
     assert all(first == second for first, second in by_topic)
     assert len({first for first, _ in by_topic}) > 1, "different heads are spread"
     assert all(sorted(map(bool, loads)) == [False, False, True] for _, loads in taken), "counted while it runs"
-    assert [replica.outstanding for replica in three.replicas] == [0, 0, 0]
+    assert [replica.load.outstanding for replica in three.replicas] == [0, 0, 0]
 
 
 COMPLETION = {
