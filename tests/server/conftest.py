@@ -296,6 +296,7 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
     host, port = runner.addresses[0][:2]
     replica.connect(f"http://{host}:{port}")
     yield made
+    await made.app.close()
     await replica.stop()
     await runner.cleanup()
 
