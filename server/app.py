@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
@@ -61,7 +62,13 @@ class MethodNotAllowed(Refusal):
         return {"allow": self._allowed}
 
 
-def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Gateway":
+Scrape = Callable[[], Awaitable[bytes]]
+"""What /metrics answers, where this process is one of several and its own metrics are not all."""
+
+
+def build_app(
+    config: Config, fleet: Fleet, keys: Keys, metrics: Metrics, scrape: Scrape | None = None
+) -> "Gateway":
     """The gateway in front of ``fleet``."""
     routes = Routes(fleet.pools)
     limits = limits_of(config)
@@ -90,10 +97,11 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         )
         for path in PATHS
     }
-    return Gateway(_other_routes(fleet, routes, standings, metrics), endpoints, keys, metrics, limits)
+    scrape = scrape or metrics.scrape
+    return Gateway(_other_routes(fleet, routes, standings, scrape), endpoints, keys, metrics, limits)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics) -> FastAPI:
+def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Scrape) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -108,7 +116,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: M
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, metrics))
+    app.include_router(health_router(fleet, scrape))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
