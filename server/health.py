@@ -26,8 +26,8 @@ class Readiness(BaseModel):
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, scrape: Callable[[], Awaitable[bytes]]) -> APIRouter:
-    """The routes of a server's health; ``scrape`` has what /metrics answers."""
+def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
+    """The routes of a server's health; ``exposition`` has what /metrics answers."""
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz")
@@ -44,8 +44,8 @@ def health_router(fleet: Fleet, scrape: Callable[[], Awaitable[bytes]]) -> APIRo
         return Readiness(ready=fleet.is_ready, tiers=states)
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def all_series() -> Response:
+    async def scrape() -> Response:
         """All series, in Prometheus' text format."""
-        return Response(await scrape(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router

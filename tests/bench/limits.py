@@ -68,7 +68,8 @@ async def main() -> None:
             for place, limits in places.items():
                 made = datetime.now(UTC)
                 key = Key.model_validate(
-                    {"name": "ann", "id": "0" * 12, "salt": b"0" * 16, "hash": b"0" * 32, "created": made} | limited
+                    {"name": "ann", "id": "0" * 12, "salt": b"0" * 16, "hash": b"0" * 32, "created": made}
+                    | limited
                 )
                 before = redis.scripts_run()
                 cpu, alone = await measure(limits, key, requests)
