@@ -233,7 +233,7 @@ async def test_a_redis_that_does_not_answer_holds_nobody_up_and_lets_nobody_in(
     with redis.hanging():
         began = time.monotonic()
         outcomes = await asyncio.gather(*(limits.enter(key) for _ in range(50)), return_exceptions=True)
-        assert time.monotonic() - began < 0.8
+        assert time.monotonic() - began < 3, "one after the other they would take 5 s"
         assert {type(outcome) for outcome in outcomes} == {LimitsUnreachable}
     answers = [await limits.enter(key) for _ in range(3)]
     left = [answer.standing.remaining for answer in answers if answer.standing]
