@@ -6,6 +6,7 @@ reads callers' requests too. Knows HTTP/1.1, and nothing of tiers or of what an 
 """
 
 import asyncio
+import ssl
 import time
 from types import TracebackType
 from typing import cast
@@ -28,9 +29,13 @@ class UpstreamBroke(Exception):
 class Upstream:
     """The connections to one engine, as many as there are requests at once."""
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, address: str | None = None) -> None:
+        """``address`` is where to connect, for a name that has several; by default any that the URL's name has."""
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port or 80
+        secure = parts.scheme == "https"
+        self._host, self._port = address or parts.hostname or "", parts.port or (443 if secure else 80)
+        self._tls = ssl.create_default_context() if secure else None
+        self._name = parts.hostname if secure else None
         self._head = (
             f"host: {parts.netloc}\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
         ).encode()
@@ -59,7 +64,9 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 loop = asyncio.get_running_loop()
-                _, connection = await loop.create_connection(self._connection, self._host, self._port)
+                _, connection = await loop.create_connection(
+                    self._connection, self._host, self._port, ssl=self._tls, server_hostname=self._name
+                )
         except OSError as error:  # the timeout is one
             raise UpstreamBroke(f"no connection ({type(error).__name__})") from error
         return connection
