@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from server.engines.address import Address
 from server.engines.failures import EngineNotStarted, KeyRefused, NoProbe
 from server.engines.resolution import OnlyThere
-from server.engines.upstream import IDLE_S, Upstream
+from server.engines.upstream import IDLE_S, Upstream, tls_for
 from server.launch.launch import Launched, Process
 from server.measuring.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
 from tiers.probe.reading import (
@@ -63,7 +63,9 @@ class Engine(Measurable):
         self._session = aiohttp.ClientSession(
             url,
             headers={"authorization": f"Bearer {key}"},
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, resolver=resolver),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_S, resolver=resolver, ssl=tls_for(url) or True
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         )
 

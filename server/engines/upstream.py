@@ -26,16 +26,20 @@ class UpstreamBroke(Exception):
     """The engine could not be reached, or its answer ended before it was whole, or is no HTTP."""
 
 
+def tls_for(url: str) -> ssl.SSLContext | None:
+    """By which the engine there is known, if it is asked for: authorities are the system's, or SSL_CERT_FILE's."""
+    return ssl.create_default_context() if urlsplit(url).scheme == "https" else None
+
+
 class Upstream:
     """The connections to one engine, as many as there are requests at once."""
 
     def __init__(self, url: str, key: str, address: str | None = None) -> None:
         """``address`` is where to connect, for a name that has several; by default any that the URL's name has."""
         parts = urlsplit(url)
-        secure = parts.scheme == "https"
-        self._host, self._port = address or parts.hostname or "", parts.port or (443 if secure else 80)
-        self._tls = ssl.create_default_context() if secure else None
-        self._name = parts.hostname if secure else None
+        self._host, self._port = address or parts.hostname or "", parts.port or 80
+        self._tls = tls_for(url)
+        self._name = parts.hostname if self._tls else None
         self._head = (
             f"host: {parts.netloc}\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
         ).encode()
