@@ -21,6 +21,8 @@ import pytest
 from server.launch.process import free_port
 from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Server, home_in, wait_until
 
+pytestmark = pytest.mark.slow
+
 LITE = f"{MODEL}-Lite"
 MESSAGES: Any = [{"role": "user", "content": "Count from one to one thousand in words."}]
 KEY = "the-key-that-both-halves-have"

@@ -311,3 +311,17 @@ async def test_a_config_that_is_not_the_manifests_is_not_believed(config: Config
     (engine.checkpoint / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not the one that its manifest speaks of"):
         await _prepare(config, None, Steps(), build=False)
+
+
+async def test_a_tier_of_which_no_engine_is_even_known_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def getaddrinfo(*_: object, **__: object) -> Any:
+        raise OSError("no such name")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    config = config_of(tmp_path, "http://engine.invalid:8100")
+    checkpoint(tmp_path)
+    async with serving(config) as half:
+        answer = await asyncio.wait_for(half.ask(), 1)
+        assert (answer.status, code_of(answer)) == (503, "tier_unavailable")
