@@ -50,11 +50,8 @@ class Pool:
 
     @property
     def requests_at_once(self) -> int:
-        """What the engines work on together; what goes beyond waits in one of them.
-
-        Not none where no engine is known: who would wait for a place is to be told.
-        """
-        return self._max_num_seqs * max(1, len(self.replicas))
+        """What the engines work on together; what goes beyond waits in one of them."""
+        return self._max_num_seqs * len(self.replicas)
 
     @property
     def can_answer(self) -> bool:
