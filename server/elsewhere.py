@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -130,15 +129,14 @@ def _keep(said: CheckpointReading, tier: Tier) -> None:
         ) from error
     _check_config(manifest, said.config, "its engine")
     folder = tier.checkpoint
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        draft.mkdir(parents=True)
-        (draft / CONFIG_NAME).write_bytes(said.config.encode())
-        (draft / MANIFEST_NAME).write_bytes(said.manifest.encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several gateways may do so at once: each file is there whole at any time, the manifest last.
+        for name, text in ((CONFIG_NAME, said.config), (MANIFEST_NAME, said.manifest)):
+            draft = folder / f".{name}.{os.getpid()}"
+            draft.write_bytes(text.encode())
+            draft.replace(folder / name)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(f"{folder} cannot be written ({error.strerror}): set `home`.") from error
 
 

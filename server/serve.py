@@ -10,9 +10,9 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
-from server.app import build_app
+from server.app import Scrape, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
@@ -24,11 +24,13 @@ from server.engines.following import Following
 from server.engines.replica import Replica
 from server.keys import Keys
 from server.layout import Layout
+from server.limits import check_limits
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
 from server.progress import Steps
 from server.stop import Stop
+from server.worker import Worker
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import ConfigError
 from tiers.hardware import Machine
@@ -61,23 +63,33 @@ def check_gateway(config: Config) -> None:
         )
 
 
-async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool) -> None:
-    """Serve until asked to stop.
+async def serve(
+    config: Config, steps: Steps, announce: Announce, *, build: bool, worker: Worker | None = None
+) -> None:
+    """Serve until asked to stop; as one of several processes on one port, if there is a ``worker``.
 
     Raises:
         AssayError: one sentence of what is wrong; nothing is left running.
     """
+    if config.workers > 1 and worker is None:
+        raise ConfigError(
+            f"workers: `assay serve` is one process with its engines; for {config.workers} run the two halves, "
+            "`assay engine TIER` for each engine and `assay gateway` for them all."
+        )
     stop = Stop()
     stop.listen()
     keys = Keys(config.keys_file)
     config = _with_room(config)
-    with listening_socket(config.host, config.port) as listener:
+    with worker.listen() if worker else listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
+        await check_limits(config)
         fleet_of = asyncio.create_task(_prepare(config, None, steps, build=build, writes_down=True))
         if not await stop.unless_asked(fleet_of):
             return
         fleet, metrics = fleet_of.result()
-        await _run(config, fleet, metrics, keys, listener, stop, steps, announce)
+        async with worker.telling(metrics) if worker else nullcontext():
+            scrape = worker.scrape if worker else None
+            await _run(config, fleet, metrics, keys, listener, stop, steps, announce, scrape)
 
 
 def _with_room(config: Config) -> Config:
@@ -175,12 +187,15 @@ async def _run(
     stop: Stop,
     steps: Steps,
     announce: Announce,
+    scrape: Scrape | None = None,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    server = http_server(build_app(config, fleet, keys, metrics), config, metrics)
+    app = build_app(config, fleet, keys, metrics, scrape)
+    server = http_server(app, config, metrics)
     spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
+        ending.push_async_callback(app.close)
         ending.push_async_callback(_stop_gateway, server, gateway)
         ending.push_async_callback(fleet.stop)
         starting = asyncio.create_task(_start_all(fleet, steps))

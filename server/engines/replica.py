@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
+from server.engines.affinity import Load
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
@@ -30,9 +31,8 @@ log = logging.getLogger("assay.replica")
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
-GUESSED_START_S = 60.0
-FINDS_IT_IN_S = 5.0
-"""Likewise a guess, of an engine that somebody else starts."""
+GUESSED_START_S, FINDS_IT_IN_S = 60.0, 5.0
+"""Of an engine that is started here, and of one that somebody else runs."""
 
 
 class Replica:
@@ -66,9 +66,10 @@ class Replica:
         self.state = State.STOPPED
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
-        self.device_class: str | None = None
-        """Of the machine that the engine runs on; None before it has said so."""
+        self.device_class: str | None = None  # of the engine's machine, once it has said so
         self.restarts = 0
+        self.load = Load(self.name)
+        """What it has to do: whoever sends a request counts it here."""
         self._launch = launch
         self._checkpoints = checkpoints
         """None where its weights lie elsewhere, and are somebody else's to verify."""
@@ -129,6 +130,7 @@ class Replica:
         began = time.monotonic()
         self._due = began + self._last_start_s
         self._failed.clear()
+        self.load.forget()
         launched = await self._launch.begin(self.tier, self.log_file)
         self._engine = Engine.of(self.name, launched, self.manifest.digest, self._address_file)
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
@@ -303,9 +305,8 @@ class Replica:
 
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
-        self.verified, self.device_class = await read_back(
-            engine, self.tier, self.manifest, takes_faults=self._takes_faults
-        )
+        reading = read_back(engine, self.tier, self.manifest, takes_faults=self._takes_faults)
+        self.verified, self.device_class = await reading
         if not self.verified.agrees:
             raise PrecisionRefused(self.name, self.verified.disagreements)
 

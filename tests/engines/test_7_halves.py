@@ -161,6 +161,22 @@ def test_an_engine_tells_strangers_that_it_is_well_and_nothing_else(halves: Halv
     assert "vllm:num_requests_waiting" in metrics
 
 
+@pytest.mark.timeout(120)
+def test_several_processes_of_a_gateway_answer_on_one_port(
+    halves: Halves, gateway: Server, tmp_path: Path
+) -> None:
+    """Both ask the engine what it runs, and keep it, at the same time."""
+    port = free_port()
+    with halves.running(tmp_path, "gateway", "--workers", "2", "--port", str(port)) as several:
+        several.url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: "2 processes" in several.log.read_text(), 60, "both answer")
+        for _ in range(4):  # each on a connection of its own, which go to one or the other
+            answer = several.client().chat.completions.create(model=LITE, messages=MESSAGES, max_tokens=1)
+            assert answer.choices
+        several.process.send_signal(signal.SIGTERM)
+        assert several.process.wait(30) == 0
+
+
 @pytest.mark.timeout(400)
 def test_a_gateway_outlives_its_engines_the_killed_one_and_the_one_that_is_asked_to_stop(
     halves: Halves, first: Server, gateway: Server
