@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterable
 
+from server.engines.following import Following
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from tiers.errors import AssayError
@@ -13,11 +14,17 @@ log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
-    """All replicas of a server, tier by tier."""
+    """All replicas of a server, tier by tier, and how those are followed that somebody else runs."""
 
-    def __init__(self, pools: Iterable[Pool]) -> None:
+    def __init__(
+        self, pools: Iterable[Pool], followings: Iterable[Following] = (), *, leave_within_s: float = 3600
+    ) -> None:
+        """``leave_within_s`` is for what an engine works on that is gone from its name, and may take its time."""
         self.pools = tuple(pools)
+        self.followings = tuple(followings)
+        self._leave_within_s = leave_within_s
         self._keepers: dict[Replica, asyncio.Task[None]] = {}
+        self._followers: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
@@ -37,7 +44,15 @@ class Fleet:
     def watch(self) -> None:
         """From now on, start again what ends."""
         for replica in self.replicas:
-            self._keepers[replica] = asyncio.create_task(replica.keep())
+            if replica not in self._keepers:
+                self._keepers[replica] = asyncio.create_task(replica.keep())
+
+    def follow(self) -> None:
+        """From now on, have a replica of each engine that somebody else runs."""
+        self._followers = tuple(asyncio.create_task(each.keep(self.add, self._let_go)) for each in self.followings)
+
+    async def _let_go(self, pool: Pool, replica: Replica) -> None:
+        await self.remove(pool, replica, self._leave_within_s)
 
     def add(self, pool: Pool, replica: Replica) -> None:
         """One replica more: it is started now, watched, and takes requests as soon as it can."""
@@ -63,7 +78,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
-        keepers = tuple(self._keepers.values())
+        keepers = (*self._followers, *self._keepers.values())
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
