@@ -171,6 +171,8 @@ async def test_texts_that_are_only_tokenized_are_requests_but_no_operation(gatew
 async def test_what_comes_to_no_tier_is_counted_without_a_word_of_the_caller(gateway: Gateway) -> None:
     await gateway.post(b'{"model":"secret-name"}')
     await gateway.post(b"not json")
+    await gateway.post(method="GET")
+    assert count(gateway, "405", "method_not_allowed", "none") == 1
     assert count(gateway, "404", "model_not_found", "none") == 1
     assert count(gateway, "400", "invalid_request_error", "none") == 1
     assert b"secret-name" not in gateway.metrics.exposition()
