@@ -19,7 +19,8 @@ from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
 from server.keys import Keys
 from server.limits import Limits, limits_of
-from server.metrics import NO_TIER, Metrics
+from server.meter import INTERNAL_ERROR, NO_TIER, code_of
+from server.metrics import Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
 from server.request_id import request_id_of
@@ -42,7 +43,7 @@ class UnknownRoute(Refusal):
 class InternalError(Refusal):
     """A mistake of the gateway itself."""
 
-    status, type, code = 500, "server_error", "internal_error"
+    status, type, code = 500, "server_error", INTERNAL_ERROR
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"The gateway made a mistake; its log tells more under {request_id}.")
@@ -76,7 +77,8 @@ def build_app(
     standings = Standings(Certificates(config.certificates), config.budget_of)
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
-        metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
+        metrics.watch_gate(pool.tier.name, partial(gate.answers, pool))
+        metrics.watch_queue(pool.tier.name, admission.queue(pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
     time_limits = TimeLimits(
         first_token=config.first_token_timeout_s,
@@ -98,10 +100,10 @@ def build_app(
         for path in PATHS
     }
     scrape = scrape or metrics.scrape
-    return Gateway(_other_routes(fleet, routes, standings, scrape), endpoints, keys, metrics, limits)
+    return Gateway(_other_routes(fleet, routes, standings, gate, scrape), endpoints, keys, metrics, limits)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Scrape) -> FastAPI:
+def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, gate: Gate, scrape: Scrape) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -116,7 +118,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Sc
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, scrape))
+    app.include_router(health_router(fleet, gate, scrape))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
@@ -154,7 +156,7 @@ class Gateway:
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
-            self._metrics.of(NO_TIER).refused(refusal.code)
+            self._metrics.of(NO_TIER).answered(str(refusal.status), code_of(refusal))
             await reply.refuse(refusal)
         except Exception:
             log.exception("request %s: a mistake of the gateway", request_id)

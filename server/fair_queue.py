@@ -48,6 +48,16 @@ class FairQueue:
         """Requests without a place."""
         return self._waiting
 
+    @property
+    def longest(self) -> int:
+        """As many may wait."""
+        return self._longest
+
+    @property
+    def taken(self) -> int:
+        """Places that are held, also by those who have not been told yet."""
+        return self._taken
+
     def place(self, caller: str, places: int = 1) -> "Place":
         """Hold so many places within the block, or all there are; waits for them in turn.
 

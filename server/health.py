@@ -8,9 +8,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.gate import Gate
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
 """What needs no key: who asks it is an orchestrator, and it tells of no request."""
+NOT_CERTIFIED = "not certified"
+"""The state of a tier that its gate refuses, and no engine's."""
 
 
 class Health(BaseModel):
@@ -20,13 +24,13 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether every configured tier can answer, and the state of each."""
+    """Whether every configured tier answers, and the state of each."""
 
     ready: bool
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
+def health_router(fleet: Fleet, gate: Gate, exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
     """The routes of a server's health; ``exposition`` has what /metrics answers."""
     router = APIRouter(tags=["health"])
 
@@ -37,11 +41,12 @@ def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]]) -> A
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Which tiers can answer; 503 until all can."""
-        if not fleet.is_ready:
+        """Which tiers answer; 503 until all do."""
+        answer = {pool: gate.answers(pool) for pool in fleet.pools}
+        if not all(answer.values()):
             response.status_code = 503
-        states = {pool.tier.name: pool.state.value for pool in fleet.pools}
-        return Readiness(ready=fleet.is_ready, tiers=states)
+        states = {pool.tier.name: _state(pool, answers) for pool, answers in answer.items()}
+        return Readiness(ready=all(answer.values()), tiers=states)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
@@ -49,3 +54,8 @@ def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]]) -> A
         return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def _state(pool: Pool, answers: bool) -> str:
+    """How its engines are; of a tier whose engines could answer and are not let, why."""
+    return NOT_CERTIFIED if pool.can_answer and not answers else pool.state.value
