@@ -13,10 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 import server.scrape
 from server.metrics import Metrics
 from server.scrape import Gathering, gauges_of, tell
+from server.series import ERROR, MODEL, OPERATION, PROVIDER_NAME
 from server.worker import ScrapeFailed, Worker
 from tests.server.conftest import running_gateway
 
 TIER = {"tier": "T"}
+CALL = ("chat", "assay", "T")
 
 
 class Several:
@@ -69,14 +71,15 @@ async def test_what_is_counted_is_added_and_what_is_true_of_a_tier_is_not(severa
         (await several.join(3), 1, 0.01, 0),
     ):
         each.requests.labels("T", "200", "").inc(2)
-        each.duration.labels("T").observe(running)
+        each.duration.labels(*CALL, "").observe(running)
         each.ready.labels("T").set(ready)
         each.kl.labels("T", "decode").set(kl)
         each.running.labels("T").set(running)
         each.certified.labels("T").set(math.nan)
     assert await several.value("assay_requests_total", TIER | {"status": "200", "code": ""}) == 6
-    assert await several.value("assay_request_duration_seconds_sum") == 7
-    assert await several.value("assay_request_duration_seconds_bucket", TIER | {"le": "5.0"}) == 3
+    spread = dict(zip((OPERATION, PROVIDER_NAME, MODEL, ERROR), (*CALL, ""), strict=True))
+    assert await several.value("gen_ai_server_request_duration_seconds_sum", spread) == 7
+    assert await several.value("gen_ai_server_request_duration_seconds_bucket", spread | {"le": "5.12"}) == 3
     assert await several.value("assay_requests_running") == 7
     assert await several.value("assay_tier_ready") == 0, "one of them cannot answer"
     assert await several.value("assay_tier_kl", TIER | {"phase": "decode"}) == 0.02
