@@ -24,7 +24,7 @@ class Header(NamedTuple):
     """What the first three lines of a config say."""
 
     card: str | None
-    count: int
+    cards: int
     nodes: int
     serves: tuple[str, ...]
     requests: dict[str, int]
@@ -33,7 +33,7 @@ class Header(NamedTuple):
     def machine(self) -> Machine:
         if self.card is None:
             return Machine("cpu", ram=10 * GIB)  # as README.md says of the embedded model
-        return Machine.of(find_card(self.card), self.count, self.nodes)
+        return Machine.of(find_card(self.card), self.cards, self.nodes)
 
 
 def header(path: Path) -> Header:
@@ -49,7 +49,7 @@ def header(path: Path) -> Header:
     assert card or hardware == "CPU", hardware
     return Header(
         card=card[2] if card else None,
-        count=int(card[1]) if card else 0,
+        cards=int(card[1]) if card else 0,
         nodes=int(card[3] or 1) if card else 1,
         serves=tuple(serves.split(", ")),
         requests={kind: int(count) for kind, count in BATCH.findall(requests)},
@@ -153,7 +153,7 @@ def test_beside_both_of_70b_lite_fits_only_if_all_sleep(name: str) -> None:
     said, config = header(DEPLOY / name), loaded(name)
     room_left = 0.9 - sum(tier.resources.gpu_memory or 0 for tier in config.tiers)
     assert room_left == pytest.approx(0, abs=1e-6)
-    three = with_tier(config, TierKind.LITE, gpus=list(range(said.count)))
+    three = with_tier(config, TierKind.LITE, gpus=list(range(said.cards)))
     # However the memory is divided: what they hold before the first token of cache is too much together.
     held = sum(plan.per_device.fixed for plan in together(asleep(three), said.machine).tiers)
     assert held > 0.9 * said.machine.smallest.memory
