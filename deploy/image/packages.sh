@@ -10,8 +10,9 @@ set -eu
 backend=$1
 simulate=${2:-}
 
-# The first process of a container (see the Dockerfile's ENTRYPOINT), and what vLLM's CPU kernels are linked to.
-packages="tini libnuma1"
+# The first process of a container (see the Dockerfile's ENTRYPOINT), what vLLM's CPU kernels are linked to, and lscpu,
+# without which vLLM does not start on CPUs.
+packages="tini libnuma1 util-linux"
 if [ "$backend" = cuda ]; then
     # Triton compiles a launcher in C for each kernel when it first runs it, and torch.compile may want C++: the CUDA
     # build does not start without. The CPU build compiles nothing of the kind (Numba brings LLVM with it).
