@@ -191,3 +191,16 @@ def test_nothing_fits_beside_405b_and_its_other_two_fit_without_it() -> None:
     tiers = {kind: type(model.tiers[TierKind.REFERENCE])(gpus=gpus) for kind, gpus in halves.items()}
     other = config.model_copy(update={"models": (model.model_copy(update={"tiers": tiers}),)})
     assert not together(other.tiers, said.machine).problems
+
+
+def test_the_operators_guide_lists_them_with_the_same_figures() -> None:
+    guide = "".join(path.read_text() for path in [*DEPLOY.glob("guide/*.md"), *DEPLOY.glob("README.md")])
+    rows = re.findall(r"^\| `deploy/([\w.-]+\.yaml)` \|[^|]*\| ([^|]*) \| ([^|]*) \|$", guide, flags=re.MULTILINE)
+    assert {name for name, *_ in rows} == {path.name for path in CONFIGS}
+    for name, serves, requests in rows:
+        said, config = header(DEPLOY / name), load_config(DEPLOY / name)
+        counts, _, context = requests.partition(" of ")
+        assert serves.removesuffix(", by turns") == ", ".join(said.serves)
+        assert [int(count) for count in counts.split(", ")] == list(said.requests.values())
+        planned_context = {plan.context_length for plan in planned(config.tiers, said.machine)}
+        assert planned_context == {int(context.removesuffix(" tokens").replace(",", ""))}
