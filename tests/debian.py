@@ -50,7 +50,9 @@ def lay_down(folder: Path, packages: tuple[str, ...] = PACKAGES) -> None:
         else:
             shutil.copy(source, folder / name)
     known = Path("/var/lib/dpkg/status").read_text().split("\n\n")
-    kept = [entry for entry in known if (name := re.match(r"Package: (\S+)", entry)) and name[1] in set(names)]
+    kept = [
+        entry for entry in known if (package := re.match(r"Package: (\S+)", entry)) and package[1] in set(names)
+    ]
     (folder / "var/lib/dpkg/status").write_text("\n\n".join(kept) + "\n")
     subprocess.run(["ldconfig", "-r", folder], check=True)
 

@@ -33,7 +33,7 @@ def instructions(name: str) -> list[str]:
 
 
 def lint(text: str) -> subprocess.CompletedProcess[str]:
-    command = [HADOLINT, "--no-color", "--failure-threshold", "style", "-"]
+    command = [str(HADOLINT), "--no-color", "--failure-threshold", "style", "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 

@@ -81,7 +81,7 @@ def test_the_scripts_of_an_image_make_what_its_user_can_run(folder: Path, found:
     inherited = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
     known = {"PYTHONPATH": found} if found else {}
     copy("installer", prefix)
-    make = [prefix / "deploy/image/environment.sh", "cpu", "gateway"]
+    make = [str(prefix / "deploy/image/environment.sh"), "cpu", "gateway"]
     environment = inherited | known | {"PATH": str(tools), "HOME": str(folder)}
     made = subprocess.run(make, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
