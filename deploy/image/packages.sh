@@ -15,7 +15,8 @@ simulate=${2:-}
 packages="tini libnuma1 util-linux"
 if [ "$backend" = cuda ]; then
     # Triton compiles a launcher in C for each kernel when it first runs it, and torch.compile may want C++: the CUDA
-    # build does not start without. The CPU build compiles nothing of the kind (Numba brings LLVM with it).
+    # build does not start without. On CPUs the image keeps PyTorch from compiling (see the Dockerfile), and Numba brings
+    # LLVM with it.
     packages="$packages g++ libc6-dev"
 fi
 
