@@ -141,7 +141,7 @@ def test_an_engine_starts_and_answers_where_there_is_no_compiler(folder: Path) -
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(serve, env=environment, cwd=folder, stdout=log, stderr=log)
         try:
-            check = ["python3", "-I", ROOT / "deploy/image/healthcheck.py", f"http://127.0.0.1:{port}/readyz"]
+            check = ["python3", "-I", str(ROOT / "deploy/image/healthcheck.py"), f"http://127.0.0.1:{port}/readyz"]
             while subprocess.run(check, capture_output=True, check=False).returncode:
                 assert server.poll() is None, (folder / "log").read_text()
                 time.sleep(1)
