@@ -147,6 +147,16 @@ def rendered(part: str) -> tuple[Object, ...]:
     return tuple(yaml.load(part, yaml.CSafeLoader) for part in kept.read_text().split("\n---\n"))
 
 
+def unique() -> Iterator[Object]:
+    """Every object of every folder, once."""
+    seen = set()
+    for part in parts():
+        for each in rendered(part):
+            if (text := json.dumps(each, sort_keys=True)) not in seen:
+                seen.add(text)
+                yield each
+
+
 def kustomize(folder: Path) -> str:
     """What `kubectl apply -k` would apply."""
     done = subprocess.run([program("kubectl"), "kustomize", folder], capture_output=True, text=True, check=False)
