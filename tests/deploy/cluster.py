@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,8 +171,12 @@ def _kept(kubectl: str) -> Path:
     digest = hashlib.sha256(f"{kubectl} {Path(kubectl).stat().st_mtime_ns}".encode())
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         digest.update(f"{path}\0".encode() + path.read_bytes())
-    folder = KUBERNETES.parents[1] / ".pytest_cache" / "kubernetes" / digest.hexdigest()[:16]
+    every = KUBERNETES.parents[1] / ".pytest_cache" / "kubernetes"
+    folder = every / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    for other in every.iterdir():
+        if other != folder:  # of files that are no more
+            shutil.rmtree(other, ignore_errors=True)
     return folder
 
 

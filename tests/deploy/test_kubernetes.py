@@ -100,7 +100,9 @@ def size_of(quantity: str) -> float:
 
 
 def gpus_of(pod: Pod) -> int:
-    return int(pod.main["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
+    requested, limit = (pod.main["resources"][each].get("nvidia.com/gpu", 0) for each in ("requests", "limits"))
+    assert requested == limit, "Kubernetes takes no other"
+    return int(limit)
 
 
 def pre_stop_s(pod: Pod) -> int:
