@@ -3,11 +3,13 @@
 import importlib.metadata
 import logging
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from server.access_log import AccessLog
 from server.admission import Admission
 from server.certificates import Certificates
 from server.config import Config
@@ -20,11 +22,17 @@ from server.keys import Keys
 from server.metrics import NO_TIER, Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
+from server.record import CURRENT
 from server.request_id import request_id_of
 from server.routing import Routes
 from server.standing import Standings
 from server.tiers_api import tiers_router
+from server.tracing.settings import TracingConfig
+from server.tracing.trace import UNTRACED
 from server.watch import TimeLimits
+
+if TYPE_CHECKING:
+    from server.tracing.tracing import Tracing
 
 log = logging.getLogger("assay.app")
 
@@ -88,7 +96,20 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         )
         for path in PATHS
     }
-    return Gateway(_other_routes(fleet, routes, standings, metrics), endpoints, keys, metrics)
+    return Gateway(
+        _other_routes(fleet, routes, standings, metrics),
+        endpoints,
+        keys,
+        metrics,
+        tracing=_tracing(config.tracing) if config.tracing else None,
+        access_log=AccessLog(endpoints) if config.access_log else None,
+    )
+
+
+def _tracing(settings: TracingConfig) -> "Tracing":
+    from server.tracing.tracing import Tracing  # with OpenTelemetry's SDK, for which nobody else need wait
+
+    return Tracing(settings)
 
 
 def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics) -> FastAPI:
@@ -121,11 +142,27 @@ class Gateway:
     Every answer says the request's id, our own mistakes included.
     """
 
-    def __init__(self, app: FastAPI, endpoints: dict[str, Endpoint], keys: Keys, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        endpoints: dict[str, Endpoint],
+        keys: Keys,
+        metrics: Metrics,
+        *,
+        tracing: "Tracing | None" = None,
+        access_log: AccessLog | None = None,
+    ) -> None:
         self._app = app
         self._endpoints = endpoints
         self._keys = keys
         self._metrics = metrics
+        self._tracing = tracing
+        self._access_log = access_log
+
+    async def close(self) -> None:
+        """Send what is still to be told of requests, for a bounded time; there are to be no more."""
+        if self._tracing is not None:
+            await self._tracing.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -133,22 +170,34 @@ class Gateway:
             return
         request_id = request_id_of(scope["headers"])
         # Taken out of the scope, which would otherwise refer to what refers to it.
-        reply = Reply(send, scope["extensions"].pop(WHEN_GONE), request_id)
+        is_traced = self._tracing is not None and scope["path"] in self._endpoints
+        trace = self._tracing.begin(scope) if self._tracing is not None and is_traced else UNTRACED
+        reply = Reply(trace.overhears(send), scope["extensions"].pop(WHEN_GONE), request_id, trace)
+        CURRENT.set(reply.record)
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
             self._metrics.of(NO_TIER).refused(refusal.code)
+            reply.record.refused(refusal)
             await reply.refuse(refusal)
         except Exception:
             log.exception("request %s: a mistake of the gateway", request_id)
+            mistake = InternalError(request_id)
+            reply.record.refused(mistake)
             if reply.status is None:
-                await reply.refuse(InternalError(request_id))
+                await reply.refuse(mistake)
             elif not reply.has_ended:
                 raise  # the connection is cut, which is all that can still be said
+        finally:
+            trace.end(reply)
+            if self._access_log is not None:
+                self._access_log.write(scope, reply)
+            reply.record.is_over = True
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path = scope["path"]
         key = None if path in OPEN_PATHS else self._keys.authenticate(scope["headers"])
+        reply.record.key = key.name if key else None
         endpoint = self._endpoints.get(path)
         if endpoint is None:
             scope.setdefault("state", {}).update(key=key, request_id=reply.request_id)

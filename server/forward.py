@@ -92,7 +92,8 @@ async def _at_one_of(
     while True:
         replica = pool.pick(tried)
         try:
-            return await work(replica)
+            with reply.record.trace.attempt(replica):
+                return await work(replica)
         except (UpstreamBroke, BrokenOff, EngineBroke) as error:
             if errand.format.form and isinstance(error, AnswerGivenUp):
                 raise FormRefused(errand.format.form) from None
@@ -113,7 +114,7 @@ async def _at_one_of(
 async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
     async with (
         replica.slot() as upstream,
-        upstream.post(errand.path, errand.body, errand.request_id) as answer,
+        upstream.post(errand.path, errand.body, errand.request_id, reply.record.trace.header) as answer,
     ):
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)

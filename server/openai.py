@@ -154,7 +154,8 @@ class Endpoint:
                 call = read_call(body, self._path.kind)
                 call.check()
                 pool = self._routes.resolve(call.model)
-                tier = pool.tier.name
+                tier = reply.record.tier = pool.tier.name
+                reply.record.trace.asked(call, body, tier)
                 self._hold_to_tier(call, pool, key)
                 standing = self._gate.standing(pool)
                 reply.headers += self._tier_headers[pool, standing.verdict]
@@ -168,11 +169,13 @@ class Endpoint:
                     raise
         except Refusal as refusal:
             self._metrics.of(tier).refused(refusal.code)
+            reply.record.refused(refusal)
             with contextlib.suppress(TimeoutError):  # of a caller who does not read even this
                 async with asyncio.timeout(LAST_WORD_S):
                     await reply.refuse(refusal)
         except ClientLeft:
             status = CLIENT_CLOSED_REQUEST
+            reply.record.left()
             self._metrics.left.labels(tier).inc()
         finally:
             meter = self._metrics.of(tier)
@@ -196,19 +199,25 @@ class Endpoint:
         answer_format = _Format(self._path, call, prompt_guess)
         sent = call.for_engine(body, key.name if key else "", reply.request_id)
         errand = Errand(self._path.path, sent, reply.request_id, answer_format)
+        trace = reply.record.trace
         if not answer_format.generates:
+            trace.waits()
             async with self._admission.tokenizer(key, pool):
+                trace.admitted()
                 whole = await forward(errand, pool, reply, watch, self._metrics)
         else:
             await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
             try:
+                trace.waits()
                 async with self._admission.place(key, pool, call.choices):
+                    trace.admitted()
                     await self._hold_prompt_to_tier(errand, pool, reply)
                     whole = await forward(errand, pool, reply, watch, self._metrics)
             finally:
                 account.tokens = answer_format.tokens
                 if usage := answer_format.usage:
                     self._metrics.of(pool.tier.name).used(usage)
+                    reply.record.usage = usage
         if whole is not None:
             await reply.whole(200, whole)  # the place is another's by now: this caller may read slowly
 

@@ -141,7 +141,8 @@ async def _prepare(
     turns = _turns(engines, config.idle_after_s)
     locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
 
-    launch = LocalLaunch(backend, takes_faults=takes_faults)
+    traces_url = config.tracing.traces_url if config.tracing else None
+    launch = LocalLaunch(backend, takes_faults=takes_faults, traces_url=traces_url)
 
     def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
         return Replica(
@@ -204,10 +205,12 @@ async def _run(
     announce: Announce,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    server = http_server(build_app(config, fleet, keys, metrics), config, metrics)
+    app = build_app(config, fleet, keys, metrics)
+    server = http_server(app, config, metrics)
     spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
+        ending.push_async_callback(app.close)
         ending.push_async_callback(_stop_gateway, server, gateway)
         ending.push_async_callback(fleet.stop)
         starting = asyncio.create_task(_start_engines(fleet.replicas, steps))
