@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from openinference.semconv.trace import OpenInferenceSpanKindValues
@@ -41,7 +41,8 @@ FROM_HEADERS = MappingProxyType({
 WORTH_A_SPAN_NS = 1_000_000
 """A shorter wait in the queue is none."""
 
-_Number = float | int | None
+_Number = float | Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None
+"""OTLP has no others; one that it cannot write down would take all spans of its batch with it."""
 
 
 class _Parameters(msgspec.Struct, omit_defaults=True):
@@ -141,8 +142,8 @@ class Traced:
         })  # fmt: skip
         try:
             parameters = msgspec.json.decode(body, type=_Parameters)
-        except msgspec.ValidationError:
-            pass  # of another type than they must be, which the engine will say
+        except (msgspec.DecodeError, RecursionError):
+            pass  # not what they must be, which the engine will say
         else:
             set_all(self._span, parameters.by_convention)
             given = {name: value for name, value in msgspec.to_builtins(parameters).items() if value is not None}

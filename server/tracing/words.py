@@ -97,14 +97,17 @@ class Answer:
 
 
 def question(body: bytes) -> Attributes:
-    """What a body asks: all of it, and its messages one by one. It was read before, and is known to be JSON."""
-    fields: dict[str, Any] = msgspec.json.decode(body)
+    """What a body asks: all of it, and its messages one by one."""
     text = body.decode()
     mime = OpenInferenceMimeTypeValues.JSON if len(text) <= MOST else OpenInferenceMimeTypeValues.TEXT
     asked: Attributes = {
         SpanAttributes.INPUT_VALUE: text[:MOST],
         SpanAttributes.INPUT_MIME_TYPE: mime.value,
     }
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return asked  # of what the gateway has no need to read, something cannot be
     messages = fields.get("messages", fields.get("input", fields.get("prompt")))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
