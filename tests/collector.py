@@ -51,8 +51,8 @@ class Collector:
         assert len(found) == 1, [span.name for span in self.spans]
         return found[0]
 
-    def children(self, span: Span) -> list[Span]:
-        return [each for each in self.spans if each.parent == span.span_id]
+    def children(self, span: Span, name: str = "") -> list[Span]:
+        return [each for each in self.spans if each.parent == span.span_id and name in ("", each.name)]
 
     def wait_for(self, wanted: Callable[[Span], bool], seconds: float = 30) -> Span:
         """The first such span, once it has come."""

@@ -111,7 +111,7 @@ async def test_the_engine_continues_the_span_of_the_try_it_was_asked_in(
     async with traced(tmp_path, collector) as gateway:
         await ask(gateway)
     span = collector.only(SPAN)
-    (attempt,) = collector.children(span)
+    (attempt,) = collector.children(span, "POST")
     assert sent_to_engine(gateway) == (span.trace_id, attempt.span_id, True)
     assert (attempt.name, attempt.kind, attempt.failed) == ("POST", "CLIENT", False)
 
@@ -176,7 +176,7 @@ async def test_a_stream_that_breaks_off_has_failed(tmp_path: Path, collector: Co
         gateway.handler = streams(CHUNK, CHUNK[:9], then_cut=True)  # type: ignore[assignment]
         await ask(gateway, stream=True)
     span = collector.only(SPAN)
-    (attempt,) = collector.children(span)
+    (attempt,) = collector.children(span, "POST")
     assert (span.failed, span.attributes["error.type"]) == (True, "engine_failed")
     assert span.attributes["http.response.status_code"] == 200, "which was sent before"
     assert (attempt.failed, attempt.attributes["error.type"]) == (True, "UpstreamBroke")
@@ -192,7 +192,7 @@ async def test_each_try_at_a_replica_is_a_span_of_its_own(tmp_path: Path, collec
         assert (await ask(gateway)).status == 200
         await second.stop()
     span = collector.only(SPAN)
-    first, again = sorted(collector.children(span), key=lambda each: each.failed, reverse=True)
+    first, again = sorted(collector.children(span, "POST"), key=lambda each: each.failed, reverse=True)
     assert (first.failed, again.failed, span.failed) == (True, False, False)
     assert "http.request.resend_count" not in first.attributes
     assert again.attributes["http.request.resend_count"] == 1
@@ -208,10 +208,8 @@ async def test_the_wait_for_a_place_is_a_span(tmp_path: Path, collector: Collect
     async with traced(tmp_path, collector) as gateway:
         gateway.handler = slow
         await asyncio.gather(*(ask(gateway) for _ in range(3)))  # its engine takes two at once
-    waits = collector.named("queue")
-    assert len(waits) == 1
-    assert waits[0].seconds >= 0.05
-    assert waits[0].parent in {span.span_id for span in collector.named(SPAN)}
+    (wait,) = (span for span in collector.named("queue") if span.seconds >= 0.05)
+    assert wait.parent in {span.span_id for span in collector.named(SPAN)}
 
 
 async def test_a_caller_who_leaves_the_queue_leaves_a_span_of_both(tmp_path: Path, collector: Collector) -> None:
@@ -224,16 +222,19 @@ async def test_a_caller_who_leaves_the_queue_leaves_a_span_of_both(tmp_path: Pat
     async with traced(tmp_path, collector) as gateway:
         gateway.handler = held
         busy = [asyncio.create_task(ask(gateway)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        while len(gateway.seen) < 2:
+            await asyncio.sleep(0.01)
         waiting = asyncio.create_task(gateway.post(json.dumps(CUT).encode(), leave_after=leaves))
-        await asyncio.sleep(0.05)
+        while not gateway.metric("assay_requests_waiting"):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
         leaves.set()
         await waiting
         goes_on.set()
         await asyncio.gather(*busy)
     (left,) = (span for span in collector.named(SPAN) if "error.type" in span.attributes)
     assert (left.attributes["error.type"], left.parent) == ("client_left", "")
-    assert [child.name for child in collector.children(left)] == ["queue"]
+    assert len(collector.children(left, "queue")) == len(collector.children(left)) == 1
 
 
 async def test_a_callers_trace_is_continued(tmp_path: Path, collector: Collector) -> None:
@@ -435,7 +436,7 @@ async def test_a_stop_does_not_wait_for_a_collector_that_does_not_answer(
         assert (await ask(gateway)).status == 200
         began = time.monotonic()
         await gateway.app.close()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 4, "and not the ten seconds that a batch may take"
 
 
 def test_without_tracing_opentelemetry_is_not_even_imported() -> None:
