@@ -1,4 +1,4 @@
-"""What the gateway tells a request's trace. Knows no OpenTelemetry: without tracing, that is not even imported."""
+"""What the gateway tells a request's trace. Knows no OpenTelemetry, whose SDK is only imported for tracing."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
