@@ -138,6 +138,7 @@ class Gateway:
     handler: Handler | None = None
     seen: list[web.Request] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    pool: Pool | None = None
 
     async def post(
         self,
@@ -285,7 +286,7 @@ async def running_gateway(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
         app = build_app(config, Fleet([pool]), Keys(config.keys_file), metrics, scrape)
-    made = Gateway(app, replica, metrics)
+    made = Gateway(app, replica, metrics, pool=pool)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)
