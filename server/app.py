@@ -68,6 +68,7 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
+        pool.watch_queue(partial(admission.waiting, pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
     limits = TimeLimits(
         first_token=config.first_token_timeout_s,

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.engines.vitals import Patience
+from server.launch.cluster import RayConfig
 from server.model_config import ModelConfig, embedded
 from tiers.conformance.budget import PUBLISHED, Budget
 from tiers.errors import ConfigError
@@ -81,6 +82,9 @@ class Config(Patience):
         default="quick",
         description="Whether tiers that no certificate speaks of are measured in the background while they serve, "
         "letting their callers go first: by the few prompts of `assay certify --quick`, or by all.",
+    )
+    ray: RayConfig = Field(
+        default_factory=RayConfig, description="The Ray cluster of tiers with `launch: ray`: its address, for one."
     )
     models: tuple[ModelConfig, ...] = Field(default_factory=embedded, min_length=1, description="What is served.")
 

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from server.app import build_app
 from server.checkpoints import Checkpoints
@@ -20,13 +21,18 @@ from server.engines.engine import PrecisionRefused
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.scaling import Bounds, Scaling
 from server.engines.turns import Turns, share
 from server.keys import Keys
+from server.launch.cluster import Cluster
+from server.launch.launch import Launch
 from server.launch.local import LocalLaunch
+from server.launch.ray import RayLaunch
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
 from server.progress import Steps
+from tiers.bundles import Bundles
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.hardware import Machine
 from tiers.placement import place
@@ -132,16 +138,21 @@ async def _prepare(
     tiers = config.tiers
     for tier in tiers:
         engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-    place(tiers, Machine.here(backend))  # before hours of building
+    cluster = await _cluster_of(config, backend)
+    nodes = cluster.nodes if cluster else None
+    place(tiers, Machine.here(backend), nodes)  # before hours of building
     checkpoints = Checkpoints(config, steps, may_build=build)
     manifests = await checkpoints.prepare(tiers)
     metrics = Metrics()
-    plans = place(tiers, Machine.here(backend))
+    plans = place(tiers, Machine.here(backend), nodes)
     engines = [engine for plan in plans for engine in plan.tier.engines()]
     turns = _turns(engines, config.idle_after_s)
     locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
 
-    launch = LocalLaunch(backend, takes_faults=takes_faults)
+    def launch_of(plan: TierPlan) -> Launch:
+        if cluster is not None and plan.tier.resources.launch == "ray":
+            return RayLaunch(cluster, Bundles.of(plan, cluster.nodes), backend, takes_faults=takes_faults)
+        return LocalLaunch(backend, takes_faults=takes_faults)
 
     def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
         return Replica(
@@ -149,8 +160,8 @@ async def _prepare(
             manifests[plan.name],
             plan.context_length,
             number=number,
-            of=plan.replicas,
-            launch=launch,
+            of=plan.tier.resources.max_replicas or plan.replicas,
+            launch=launch_of(plan),
             checkpoints=checkpoints,
             logs=config.logs,
             metrics=metrics,
@@ -173,7 +184,24 @@ async def _prepare(
         )
         for plan in plans
     ]
-    return Fleet(pools), metrics
+    scalings = [_scaling(pool, plan, partial(replica, plan)) for pool, plan in zip(pools, plans, strict=True)]
+    return Fleet(pools, filter(None, scalings), leave_within_s=config.request_timeout_s), metrics
+
+
+async def _cluster_of(config: Config, backend: Backend) -> Cluster | None:
+    """The Ray cluster, joined, if a tier is to be there."""
+    if any(tier.resources.launch == "ray" for tier in config.tiers):
+        return await Cluster.join(config.ray, backend)
+    return None
+
+
+def _scaling(pool: Pool, plan: TierPlan, make: Callable[[int, Tier], Replica]) -> Scaling | None:
+    """What holds the tier's replicas to the requests there are, if their number may change."""
+    most = plan.tier.resources.max_replicas
+    if most is None or most == plan.replicas:
+        return None
+    engine = plan.tier.engines()[0]
+    return Scaling(pool, Bounds(plan.replicas, most, plan.max_num_seqs), lambda number: make(number, engine))
 
 
 def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tuple[int, ...]], Turns]:
@@ -188,7 +216,7 @@ def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tupl
 
 def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
     """An engine measures free GPU memory while it starts: those that share a GPU take turns."""
-    if backend == "cpu":
+    if backend == "cpu" or tier.resources.launch == "ray":
         return ()
     return tuple(locks[gpu] for gpu in sorted(tier.resources.gpus))
 

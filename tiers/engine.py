@@ -36,6 +36,10 @@ would change which numbers an engine computes (a tier is what its manifest says,
 needs to know of an engine: ``disable-log-stats`` would leave a busy one looking like one that hangs."""
 LLAMA_TOOL_TOKEN = b'"<|python_tag|>"'
 """Which vLLM's parser of Llama 3's tool calls looks for in the vocabulary, and does not start without."""
+OVER_NODES_ON_CPUS = (
+    "{}: an engine that goes over several nodes is for GPUs only, for vLLM's Ray executor places its workers by "
+    "GPU: take pipeline_parallel out."
+)
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
@@ -67,15 +71,24 @@ def installed_backend() -> Backend:
 
 
 def engine_command(
-    tier: Tier, backend: Backend, port: int, api_key: str, *, takes_faults: bool = False
+    tier: Tier,
+    backend: Backend,
+    port: int,
+    api_key: str,
+    *,
+    host: str = "127.0.0.1",
+    over_nodes: bool = False,
+    takes_faults: bool = False,
 ) -> EngineCommand:
-    """The command that serves ``tier`` on a loopback port, to nobody but the holder of ``api_key``.
+    """The command that serves ``tier``, by default on a loopback port, to nobody but the holder of ``api_key``.
 
     Args:
         tier: what to serve.
         backend: where.
-        port: on 127.0.0.1.
+        port: of the address.
         api_key: what the holder shows.
+        host: the address that it listens on.
+        over_nodes: whether its GPUs are on several nodes, where Ray starts its workers.
         takes_faults: whether the engine is there to be broken, for the self-test.
 
     Raises:
@@ -84,7 +97,7 @@ def engine_command(
     resources = tier.resources
     options: dict[str, Option] = {
         "model": str(tier.checkpoint),
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "dtype": "bfloat16",
         "load-format": "safetensors",
@@ -116,6 +129,10 @@ def engine_command(
                 f"{tier.name}: idle: sleep gives a GPU's memory back, and this engine runs on the CPU."
             )
         options["enable-sleep-mode"] = True
+    if over_nodes:
+        if backend == "cpu":
+            raise ConfigError(OVER_NODES_ON_CPUS.format(tier.name))
+        options["distributed-executor-backend"] = "ray"
     if backend == "cpu":
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:

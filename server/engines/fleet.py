@@ -7,17 +7,24 @@ from collections.abc import Iterable
 
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.scaling import Scaling
 from tiers.errors import AssayError
 
 log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
-    """All replicas of a server, tier by tier."""
+    """All replicas of a server, tier by tier, and what makes them more or fewer."""
 
-    def __init__(self, pools: Iterable[Pool]) -> None:
+    def __init__(
+        self, pools: Iterable[Pool], scalings: Iterable[Scaling] = (), *, leave_within_s: float = 3600
+    ) -> None:
+        """``leave_within_s`` is for what an engine works on that is one too many, and may take its time."""
         self.pools = tuple(pools)
+        self._scalings = tuple(scalings)
+        self._leave_within_s = leave_within_s
         self._keepers: dict[Replica, asyncio.Task[None]] = {}
+        self._scalers: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
@@ -38,6 +45,10 @@ class Fleet:
         """From now on, start again what ends."""
         for replica in self.replicas:
             self._keepers[replica] = asyncio.create_task(replica.keep())
+        self._scalers = tuple(asyncio.create_task(each.keep(self.add, self._let_go)) for each in self._scalings)
+
+    async def _let_go(self, pool: Pool, replica: Replica) -> None:
+        await self.remove(pool, replica, self._leave_within_s)
 
     def add(self, pool: Pool, replica: Replica) -> None:
         """One replica more: it is started now, watched, and takes requests as soon as it can."""
@@ -63,7 +74,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
-        keepers = tuple(self._keepers.values())
+        keepers = (*self._scalers, *self._keepers.values())
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
