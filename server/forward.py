@@ -12,7 +12,7 @@ from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
 from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
-from server.engines.upstream import Connection, Upstream, UpstreamBroke
+from server.engines.upstream import Connection, NotReached, Upstream, UpstreamBroke
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
@@ -89,6 +89,7 @@ async def _at_one_of(
     pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica], Awaitable[T]]
 ) -> T:
     tried: list[Replica] = []
+    given = 0
     while True:
         replica = pool.pick(tried)
         try:
@@ -99,10 +100,11 @@ async def _at_one_of(
             log.warning("%s: request %s broke off: %s", pool.tier.name, errand.request_id, error)
             alive = await replica.is_alive()
             tried.append(replica)
+            given += not isinstance(error, NotReached)
             if reply.body_began is not None:
                 metrics.broken.labels(pool.tier.name).inc()
                 raise EngineFailed(f"The engine of {pool.tier.name} broke off this answer.") from error
-            if len(tried) < MOST_TRIES and pool.has_another(tried):
+            if given < MOST_TRIES and pool.has_another(tried):
                 metrics.retries.labels(pool.tier.name).inc()
             elif alive:
                 raise EngineFailed(f"The engine of {pool.tier.name} failed on this request.") from error

@@ -25,6 +25,10 @@ class UpstreamBroke(Exception):
     """The engine could not be reached, or its answer ended before it was whole, or is no HTTP."""
 
 
+class NotReached(UpstreamBroke):
+    """The engine could not be reached: it has seen nothing of the request, which cannot be what ended it."""
+
+
 class Upstream:
     """The connections to one engine, as many as there are requests at once."""
 
@@ -61,7 +65,7 @@ class Upstream:
                 loop = asyncio.get_running_loop()
                 _, connection = await loop.create_connection(self._connection, self._host, self._port)
         except OSError as error:  # the timeout is one
-            raise UpstreamBroke(f"no connection ({type(error).__name__})") from error
+            raise NotReached(f"no connection ({type(error).__name__})") from error
         return connection
 
     def give(self, connection: "Connection") -> None:

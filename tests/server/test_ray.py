@@ -1,0 +1,47 @@
+"""Ray as the gateway sees it, without a cluster: what is missing is one sentence. On one: tests/engines/test_8_ray.py."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.config import load_config
+from server.launch.cluster import Cluster, RayConfig
+from server.launch.process import tethered
+from tests.server.test_launch import WAITS, none_remains
+from tiers.errors import ConfigError
+
+
+async def test_without_the_package_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'assay\[ray\]'"):
+        await Cluster.join(RayConfig(), "cpu")
+
+
+def test_an_address_of_rays_client_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("ray: {address: 'ray://head:10001'}")
+    with pytest.raises(ConfigError, match="ray.address: .*ray start --address"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_the_gateway_does_not_load_ray_that_has_no_tier_there() -> None:
+    """It takes a second and a half and 60 MB."""
+    script = "import server.cli, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
+
+
+def test_what_is_tethered_twice_ends_with_the_outer_tether(tmp_path: Path) -> None:
+    """Ray ends an actor's children by SIGKILL, and leaves to themselves what those have started."""
+    log = tmp_path / "log"
+    command = tethered(tethered([sys.executable, "-c", WAITS], orphaned_s=0))
+    with log.open("wb") as output:
+        outer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output)
+    while not log.read_text().startswith("up"):
+        pass
+    children = [psutil.Process(int(pid)) for pid in log.read_text().split()[1:]]
+    outer.kill()
+    outer.wait()
+    assert none_remains(children)
