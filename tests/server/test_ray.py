@@ -1,4 +1,4 @@
-"""Ray as the gateway sees it, without a cluster: what is missing is one sentence. On one: tests/engines/test_8_ray.py."""
+"""Ray as the gateway sees it, without a cluster; tests/engines/test_8_ray.py has one."""
 
 import importlib.util
 import subprocess
@@ -23,7 +23,7 @@ async def test_without_the_package_it_is_one_sentence(monkeypatch: pytest.Monkey
 
 def test_an_address_of_rays_client_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("ray: {address: 'ray://head:10001'}")
-    with pytest.raises(ConfigError, match="ray.address: .*ray start --address"):
+    with pytest.raises(ConfigError, match=r"ray\.address: .*ray start --address"):
         load_config(tmp_path / "c.yaml")
 
 

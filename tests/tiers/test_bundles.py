@@ -122,7 +122,5 @@ def test_what_cannot_be_is_refused(fields: dict[str, object], sentence: str) -> 
 
 
 def test_the_sum_is_for_people() -> None:
-    assert (
-        str(Bundles(({"CPU": 2, "memory": math.ceil(3.1 * GIB)},), "STRICT_PACK"))
-        == "2 CPUs and 3.1 GiB of memory"
-    )
+    bundles = Bundles(({"CPU": 2, "memory": math.ceil(3.1 * GIB)},), "STRICT_PACK")
+    assert str(bundles) == "2 CPUs and 3.1 GiB of memory"

@@ -38,10 +38,8 @@ def test_a_queue_that_lasts_brings_one_replica_more() -> None:
 
 
 def test_a_queue_that_passes_brings_none() -> None:
-    waves = [
-        look for begin in range(0, 60, 10) for look in row(9, begin=begin, waiting=3) + row(1, begin=begin + 9)
-    ]
-    assert changes(waves) == []
+    waves = [row(9, begin=at, waiting=3) + row(1, begin=at + 9) for at in range(0, 60, 10)]
+    assert changes(look for wave in waves for look in wave) == []
 
 
 def test_while_one_is_on_its_way_no_further_is_called() -> None:
