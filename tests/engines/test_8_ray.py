@@ -43,14 +43,14 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{_address_of(0)}:{self.port}"
 
     def start(self, number: int, cpus: int, *how: str) -> None:
         """One node more."""
         before = self._raylets()
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", *how, "--node-ip-address=127.0.0.1",
-            f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={OBJECTS}", "--include-dashboard=false",
+            sys.executable, "-m", "ray.scripts.scripts", "start", *how, f"--node-ip-address={_address_of(number)}",
+            f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={OBJECTS}",
             "--disable-usage-stats", "--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0",
             "--metrics-export-port=0", "--runtime-env-agent-port=0",
         ]  # fmt: skip
@@ -60,7 +60,12 @@ class Cluster:
         self.nodes[number] = raylet
 
     def head(self) -> None:
-        self.start(0, 0, "--head", f"--port={self.port}", f"--temp-dir={self.folder}")
+        client = (
+            f"--ray-client-server-port={free_port()}"  # which nobody uses, and which has a fixed one by default
+        )
+        self.start(
+            0, 0, "--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false", client
+        )
 
     def worker(self, number: int) -> None:
         self.start(number, 1, f"--address={self.address}")
@@ -82,6 +87,11 @@ class Cluster:
         psutil.wait_procs(mine, timeout=10)
 
 
+def _address_of(number: int) -> str:
+    """Each node has one of its own, on loopback; for 127.0.0.1 Ray would take the machine's."""
+    return f"127.0.1.{number + 1}"
+
+
 def _words(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -96,7 +106,7 @@ def _is_raylet(process: psutil.Process, address: str) -> bool:
 
 def _is_of(process: psutil.Process, address: str, folder: str) -> bool:
     words = _words(process)
-    return process.pid != os.getpid() and "/ray/" in words and (address in words or folder in words)
+    return process.pid != os.getpid() and "ray" in words and (address in words or folder in words)
 
 
 def _is_engine(process: psutil.Process) -> bool:
