@@ -2,7 +2,9 @@
 
 import asyncio
 import importlib.util
+import logging
 import os
+import socket
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,8 @@ from server.launch.actor import machine_here
 from tiers.engine import Backend
 from tiers.errors import ConfigError
 from tiers.hardware import Machine
+
+REACH_TIMEOUT_S = 5.0
 
 
 class RayConfig(BaseModel):
@@ -83,8 +87,14 @@ def check_installed() -> None:
 
 
 def _join(settings: RayConfig, backend: Backend) -> Cluster:
+    try:
+        _check_reached(settings.address)
+    except OSError as error:
+        raise _no_cluster(settings, error) from error
     import ray
 
+    # What it would say is said here in one sentence, or not worth saying.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(
             address=settings.address,
@@ -94,11 +104,7 @@ def _join(settings: RayConfig, backend: Backend) -> Cluster:
             ignore_reinit_error=True,
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise ConfigError(
-            f"There is no Ray cluster to join at ray.address {settings.address!r} ({reason}): start one with "
-            "`ray start --head`, or name its head's address."
-        ) from error
+        raise _no_cluster(settings, error) from error
     nodes = _nodes(ray, backend)
     if not nodes:
         ray.shutdown()
@@ -107,6 +113,21 @@ def _join(settings: RayConfig, backend: Backend) -> Cluster:
             "give, which `launch: ray` puts engines on."
         )
     return Cluster(ray, settings, ray.util.get_node_ip_address(), nodes)
+
+
+def _no_cluster(settings: RayConfig, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return ConfigError(
+        f"There is no Ray cluster to join at ray.address {settings.address!r} ({reason}): start one with "
+        "`ray start --head`, or name its head's address."
+    )
+
+
+def _check_reached(address: str) -> None:
+    """Raise OSError if nobody listens at that host and port, which Ray would find out in minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), REACH_TIMEOUT_S).close()
 
 
 def _nodes(ray: Any, backend: Backend) -> list[Machine]:

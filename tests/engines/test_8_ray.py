@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ class Cluster:
 
     def start(self, number: int, cpus: int, *how: str) -> None:
         """One node more."""
-        before = self._raylets()
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", *how, f"--node-ip-address={_address_of(number)}",
             f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={OBJECTS}",
@@ -56,22 +56,22 @@ class Cluster:
         ]  # fmt: skip
         done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        (raylet,) = self._raylets() - before
-        self.nodes[number] = raylet
+        (self.nodes[number],) = (each for each in psutil.process_iter() if self._is_raylet(each, number))
 
     def head(self) -> None:
-        client = (
-            f"--ray-client-server-port={free_port()}"  # which nobody uses, and which has a fixed one by default
-        )
-        self.start(
-            0, 0, "--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false", client
-        )
+        """The one that knows the others."""
+        client = f"--ray-client-server-port={free_port()}"  # nobody uses it, and by default it is a fixed one
+        own = (f"--port={self.port}", f"--temp-dir={self.folder}", "--include-dashboard=false", client)
+        self.start(0, 0, "--head", *own)
 
     def worker(self, number: int) -> None:
+        """One with room for one engine."""
         self.start(number, 1, f"--address={self.address}")
 
-    def _raylets(self) -> set[psutil.Process]:
-        return {each for each in psutil.process_iter() if _is_raylet(each, self.address)}
+    def _is_raylet(self, process: psutil.Process, number: int) -> bool:
+        words = f"{_words(process)} "
+        mine = f"--gcs-address={self.address} " in words and f"--node_ip_address={_address_of(number)} " in words
+        return mine and "raylet/raylet" in words
 
     def lose(self, number: int) -> None:
         """As when its power goes: the raylet without a word, and whatever of Ray's it had started."""
@@ -97,11 +97,6 @@ def _words(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def _is_raylet(process: psutil.Process, address: str) -> bool:
-    words = _words(process)
-    return "raylet/raylet" in words and f"--gcs-address={address}" in words
 
 
 def _is_of(process: psutil.Process, address: str, folder: str) -> bool:
@@ -148,8 +143,8 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Placed]:
     cluster = Cluster(folder / "r")
     try:
         cluster.head()
-        cluster.worker(1)
-        cluster.worker(2)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(cluster.worker, (1, 2)))
         config = f"""
 port: {port}
 home: {home_in(folder)}
