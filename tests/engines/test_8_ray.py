@@ -24,10 +24,13 @@ from server.launch.process import free_port
 from tests.engines.conftest import LITE_RECIPE, MODEL, ROOT, Server, home_in, starting, wait_for, wait_until
 
 TIER = f"{MODEL}-Lite"
+pytestmark = pytest.mark.timeout(600)
 OBJECTS = 80 << 20
 """Bytes of Ray's object store on each node, as few as it takes: nothing of ours goes by it."""
 AT_ONCE = 4
 STREAMS = 4
+TOKENS = 200
+"""Of those streams: more than are there before the node is lost, and not many more."""
 QUEUED = 12
 """More than both engines work on at once."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0"}
@@ -212,7 +215,7 @@ def test_a_lost_node_costs_no_request_that_had_not_begun_its_answer(placed: Plac
     url = placed.server.url
     long = [Told() for _ in range(STREAMS)]
     later = [Told() for _ in range(QUEUED)]
-    threads = [threading.Thread(target=ask, args=(url, told, 400), kwargs={"stream": True}) for told in long]
+    threads = [threading.Thread(target=ask, args=(url, told, TOKENS), kwargs={"stream": True}) for told in long]
     for thread in threads:
         thread.start()
     wait_until(lambda: all(told.has_begun for told in long), 60, "all streams have begun")

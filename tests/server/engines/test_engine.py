@@ -35,7 +35,11 @@ async def test_one_that_is_too_busy_to_answer_is_alive(monkeypatch: pytest.Monke
     monkeypatch.setattr("server.engines.engine.HEALTH_TIMEOUT_S", 0.2)
     monkeypatch.setattr("server.engines.engine.REACH_TIMEOUT_S", 0.1)
     done = asyncio.Event()
-    server = await asyncio.start_server(lambda reader, writer: done.wait(), "127.0.0.1", 0)
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await done.wait()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     engine = Engine("one", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "key", None)
     assert await engine.is_alive()
     done.set()
