@@ -41,7 +41,7 @@ def test_what_is_tethered_twice_ends_with_the_outer_tether(tmp_path: Path) -> No
     with log.open("wb") as output:
         outer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output)
     while not log.read_text().startswith("up"):
-        pass
+        assert outer.poll() is None, "it has ended by itself"
     children = [psutil.Process(int(pid)) for pid in log.read_text().split()[1:]]
     outer.kill()
     outer.wait()
