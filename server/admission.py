@@ -85,6 +85,10 @@ class Admission:
         """The tier's queue for a place in its engines."""
         return self._queues[pool]
 
+    def waiting(self, pool: Pool) -> int:
+        """Requests in the tier's queue."""
+        return self._queues[pool].waiting
+
     def account(self, key: Key | None, headers: Headers) -> Account:
         """One of the key's requests, within the block; how the key stands is added to ``headers``.
 

@@ -86,7 +86,9 @@ def build_app(
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_gate(pool.tier.name, partial(gate.answers, pool))
-        metrics.watch_queue(pool.tier.name, admission.queue(pool))
+        queue = admission.queue(pool)
+        metrics.watch_queue(pool.tier.name, queue)
+        pool.watch_queue(partial(admission.waiting, pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
     time_limits = TimeLimits(
         first_token=config.first_token_timeout_s,

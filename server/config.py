@@ -9,6 +9,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.engines.vitals import Patience
+from server.launch.cluster import RayConfig
 from server.logs import LOG_FORMAT, LogFormat
 from server.model_config import ModelConfig, TierConfig, embedded
 from server.tracing.settings import TracingConfig
@@ -114,6 +115,9 @@ class Config(Patience):
     tracing: TracingConfig | None = Field(
         default=None, description="Where OpenTelemetry's traces of requests are sent; without it there are none."
     )
+    ray: RayConfig = Field(
+        default_factory=RayConfig, description="The Ray cluster of tiers with `launch: ray`: its address, for one."
+    )
     models: tuple[ModelConfig, ...] = Field(default_factory=embedded, min_length=1, description="What is served.")
 
     @field_validator("gate", "certify", mode="before")
@@ -182,7 +186,12 @@ class Config(Patience):
     @property
     def tiers_here(self) -> tuple[Tier, ...]:
         """Those whose engines take of this machine's memory and GPUs."""
-        return tuple(tier for tier in self.tiers if self.settings_of(tier).launch == "local")
+        return tuple(tier for tier in self.tiers if tier.resources.launch == "local")
+
+    @property
+    def tiers_started(self) -> tuple[Tier, ...]:
+        """Those whose engines this server starts, here or on a Ray cluster."""
+        return tuple(tier for tier in self.tiers if tier.resources.launch != "url")
 
     def all_here(self) -> "Config":
         """The same with every tier's engines on this machine."""

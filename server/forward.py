@@ -14,7 +14,7 @@ from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.state import State
-from server.engines.upstream import Connection, Upstream, UpstreamBroke
+from server.engines.upstream import Connection, NotReached, Upstream, UpstreamBroke
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
@@ -95,6 +95,7 @@ async def _at_one_of(
     pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica, Burden], Awaitable[T]]
 ) -> T:
     tried: list[Replica] = []
+    given = 0
     while True:
         replica = pool.pick(errand.work, tried)
         try:
@@ -106,10 +107,11 @@ async def _at_one_of(
             log.warning("%s: request %s broke off: %s", pool.tier.name, errand.request_id, error)
             alive = await replica.is_alive()
             tried.append(replica)
+            given += not isinstance(error, NotReached)
             if reply.body_began is not None:
                 metrics.broken.labels(pool.tier.name).inc()
                 raise EngineFailed(f"The engine of {pool.tier.name} broke off this answer.") from error
-            if len(tried) < MOST_TRIES and pool.has_another(tried):
+            if given < MOST_TRIES and pool.has_another(tried):
                 metrics.retries.labels(pool.tier.name).inc()
             elif alive and replica.state is not State.DRAINING:
                 raise EngineFailed(f"The engine of {pool.tier.name} failed on this request.") from error

@@ -1,18 +1,23 @@
 """From tiers to their pools and replicas, none of them started: how each comes to life, and what engines share."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engines.following import Following, Place
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.scaling import Bounds, Scaling
 from server.engines.turns import Turns, share
+from server.launch.cluster import Cluster
 from server.launch.launch import Launch
 from server.launch.local import LocalLaunch
+from server.launch.ray import RayLaunch
 from server.launch.url import UrlLaunch
 from server.metrics import Metrics
+from tiers.bundles import Bundles
 from tiers.catalog import ModelShape
 from tiers.engine import Backend
 from tiers.manifest import Manifest
@@ -40,27 +45,39 @@ class Layout:
         self._takes_faults = takes_faults
         self._writes_down = writes_down
 
-    def started(self, plans: Sequence[TierPlan], manifests: dict[str, Manifest], backend: Backend) -> list[Pool]:
-        """The tiers whose engines run on this machine."""
+    def started(
+        self,
+        plans: Sequence[TierPlan],
+        manifests: dict[str, Manifest],
+        backend: Backend,
+        cluster: Cluster | None = None,
+    ) -> tuple[list[Pool], list[Scaling]]:
+        """The tiers whose engines this server starts, here or on the cluster, and what changes their number."""
         engines = [engine for plan in plans for engine in plan.tier.engines()]
         turns = _turns(engines, self._config.idle_after_s)
         locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
         traces_url = self._config.tracing.traces_url if self._config.tracing else None
-        launch = LocalLaunch(backend, takes_faults=self._takes_faults, traces_url=traces_url)
+        faults = self._takes_faults
+
+        def launch_of(plan: TierPlan) -> Launch:
+            if cluster is not None and plan.tier.resources.launch == "ray":
+                bundles = Bundles.of(plan, cluster.nodes)
+                return RayLaunch(cluster, bundles, backend, takes_faults=faults, traces_url=traces_url)
+            return LocalLaunch(backend, takes_faults=faults, traces_url=traces_url)
 
         def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
             return self._replica(
                 engine,
                 manifests[plan.name],
                 plan.context_length,
-                launch,
+                launch_of(plan),
                 number=number,
-                of=plan.replicas,
+                of=plan.tier.resources.max_replicas or plan.replicas,
                 start_locks=_start_locks(engine, backend, locks),
                 turns=turns.get((engine.name, engine.resources.gpus)),
             )
 
-        return [
+        pools = [
             Pool(
                 plan.tier,
                 manifests[plan.name],
@@ -71,6 +88,8 @@ class Layout:
             )
             for plan in plans
         ]
+        scalings = [_scaling(pool, plan, partial(replica, plan)) for pool, plan in zip(pools, plans, strict=True)]
+        return pools, [each for each in scalings if each is not None]
 
     def followed(self, tier: Tier, manifest: Manifest, key: str) -> Following:
         """A tier whose engines somebody else runs; ``tier.checkpoint`` has its manifest and config.json."""
@@ -119,6 +138,15 @@ class Layout:
         )
 
 
+def _scaling(pool: Pool, plan: TierPlan, make: Callable[[int, Tier], Replica]) -> Scaling | None:
+    """What holds the tier's replicas to the requests there are, if their number may change."""
+    most = plan.tier.resources.max_replicas
+    if most is None or most == plan.replicas:
+        return None
+    engine = plan.tier.engines()[0]
+    return Scaling(pool, Bounds(plan.replicas, most, plan.max_num_seqs), lambda number: make(number, engine))
+
+
 def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tuple[int, ...]], Turns]:
     """For those that sleep, by name and GPUs: engines that share a GPU, also through others, take turns."""
     sleepers = [engine for engine in engines if engine.resources.idle == "sleep"]
@@ -131,6 +159,6 @@ def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tupl
 
 def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
     """An engine measures free GPU memory while it starts: those that share a GPU take turns."""
-    if backend == "cpu":
+    if backend == "cpu" or tier.resources.launch == "ray":
         return ()
     return tuple(locks[gpu] for gpu in sorted(tier.resources.gpus))

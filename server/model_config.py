@@ -1,6 +1,6 @@
 """What a config says of one model and of each of its tiers."""
 
-from typing import Literal, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,16 +11,10 @@ from tiers.recipe import find_recipe
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
 from tiers.tier import Resources, TierKind
 
-LaunchName = Literal["local", "url"]
-
 
 class TierConfig(Resources):
     """One tier: what it is made by, what its engine may use, and how that comes to life."""
 
-    launch: LaunchName = Field(
-        default="local",
-        description="local starts its engines here; url finds them at `urls`, where `assay engine` runs them.",
-    )
     urls: tuple[str, ...] = Field(
         default=(),
         description="Where its engines answer, such as http://turbo:8100, with `launch: url`. Every address that "

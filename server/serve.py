@@ -21,8 +21,11 @@ from server.engine_key import VARIABLE, engine_key
 from server.engines.failures import PrecisionRefused
 from server.engines.fleet import Fleet
 from server.engines.following import Following
+from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.scaling import Scaling
 from server.keys import Keys
+from server.launch.cluster import Cluster
 from server.layout import Layout
 from server.limits import check_limits
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
@@ -143,26 +146,40 @@ async def _prepare(
 ) -> tuple[Fleet, Metrics]:
     """Check everything, build what is missing, and lay out the replicas; no engine is started.
 
-    ``backend`` is where engines run that are started here, by default where the config says.
+    ``backend`` is where engines run that this server starts, by default where the config says.
     """
-    placed = config.tiers_here
-    followed = [tier for tier in config.tiers if config.settings_of(tier).launch == "url"]
+    placed = config.tiers_started
+    followed = [tier for tier in config.tiers if tier.resources.launch == "url"]
+    cluster = nodes = None
     if placed:
         backend = backend or backend_of(config)
         for tier in placed:
             engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-        place(placed, Machine.here(backend))  # before hours of building
+        cluster = await _cluster_of(config, backend)
+        nodes = cluster.nodes if cluster else None
+        place(placed, Machine.here(backend), nodes)  # before hours of building
     checkpoints = Checkpoints(config, steps, may_build=build)
     key = _key(config, followed)
     manifests = await checkpoints.prepare(placed) if placed else {}
     described = await Elsewhere(config, checkpoints, steps, key).describe(followed) if followed else {}
     metrics = Metrics()
     layout = Layout(config, metrics, checkpoints, takes_faults=takes_faults, writes_down=writes_down)
-    pools = layout.started(place(placed, Machine.here(backend)), manifests, backend) if placed and backend else []
+    pools: list[Pool] = []
+    scalings: list[Scaling] = []
+    if placed and backend:
+        plans = place(placed, Machine.here(backend), nodes)
+        pools, scalings = layout.started(plans, manifests, backend, cluster)
     followings = [layout.followed(*described[tier.name], key) for tier in followed]
     every = {pool.tier.name: pool for pool in (*pools, *(following.pool for following in followings))}
     in_order = [every[tier.name] for tier in config.tiers]
-    return Fleet(in_order, followings, leave_within_s=config.request_timeout_s), metrics
+    return Fleet(in_order, followings, scalings, leave_within_s=config.request_timeout_s), metrics
+
+
+async def _cluster_of(config: Config, backend: Backend) -> Cluster | None:
+    """The Ray cluster, joined, if a tier is to be there."""
+    if any(tier.resources.launch == "ray" for tier in config.tiers):
+        return await Cluster.join(config.ray, backend)
+    return None
 
 
 def _key(config: Config, followed: Sequence[Tier]) -> str:

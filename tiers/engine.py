@@ -39,6 +39,10 @@ would change which numbers an engine computes (a tier is what its manifest says,
 needs to know of an engine: ``disable-log-stats`` would leave a busy one looking like one that hangs."""
 LLAMA_TOOL_TOKEN = b'"<|python_tag|>"'
 """Which vLLM's parser of Llama 3's tool calls looks for in the vocabulary, and does not start without."""
+OVER_NODES_ON_CPUS = (
+    "{}: an engine that goes over several nodes is for GPUs only, for vLLM's Ray executor places its workers by "
+    "GPU: take pipeline_parallel out."
+)
 _TUNABLE = frozenset({"VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"})
 """Speed, not meaning: an operator's own setting of these wins."""
 
@@ -76,6 +80,7 @@ def engine_command(
     api_key: str,
     *,
     host: str = LOOPBACK,
+    over_nodes: bool = False,
     finishes_within_s: int = 0,
     takes_faults: bool = False,
     traces_url: str | None = None,
@@ -88,6 +93,7 @@ def engine_command(
         port: on ``host``.
         api_key: what the holder shows.
         host: the address it listens on.
+        over_nodes: whether its GPUs are on several nodes, where Ray starts its workers.
         finishes_within_s: how long vLLM itself lets running requests take when it gets SIGTERM.
         takes_faults: whether the engine is there to be broken, for the self-test.
         traces_url: where it sends its spans of requests that the gateway traces, by OTLP over HTTP.
@@ -130,6 +136,10 @@ def engine_command(
                 f"{tier.name}: idle: sleep gives a GPU's memory back, and this engine runs on the CPU."
             )
         options["enable-sleep-mode"] = True
+    if over_nodes:
+        if backend == "cpu":
+            raise ConfigError(OVER_NODES_ON_CPUS.format(tier.name))
+        options["distributed-executor-backend"] = "ray"
     if backend == "cpu":
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:

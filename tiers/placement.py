@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
 
+from tiers.bundles import on_cluster
 from tiers.errors import PlacementError
 from tiers.hardware import CARDS, GIB, NODE_GPUS, Machine
 from tiers.memory import Degree
@@ -31,14 +32,16 @@ class Plan(BaseModel):
     problems: tuple[str, ...]
 
 
-def place(tiers: tuple[Tier, ...], machine: Machine) -> tuple[TierPlan, ...]:
-    """The tiers with their share of the machine, if all of them fit on it together.
+def place(
+    tiers: tuple[Tier, ...], machine: Machine, cluster: Sequence[Machine] | None = None
+) -> tuple[TierPlan, ...]:
+    """The tiers with their share of the machine, if all of them fit on it together; on Ray, of a cluster's nodes.
 
     Raises:
         PlacementError: with what is needed, what there is, and what to change.
         SourceError: a checkpoint is not the model that it is named after.
     """
-    plan = together(tiers, machine)
+    plan = together(tiers, machine, cluster)
     if plan.problems:
         raise PlacementError(plan.problems[0])
     return plan.tiers
@@ -55,13 +58,32 @@ def check_hardware(tiers: Sequence[Tier], machine: Machine) -> None:
             raise PlacementError(f"{tier.name}: {reason}")
 
 
-def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
+def together(tiers: tuple[Tier, ...], machine: Machine, cluster: Sequence[Machine] | None = None) -> Plan:
     """All tiers at once, each on what the config gives it.
+
+    Args:
+        tiers: all.
+        machine: where those go that are started here.
+        cluster: the nodes where those go that are on Ray; such as this machine by default.
 
     Raises:
         PlacementError: a GPU does not exist, is given away more than once over, or is one too few.
         SourceError: a checkpoint is not the model that it is named after.
     """
+    nodes = (machine,) * machine.nodes if cluster is None else cluster
+    there = {tier.name: on_cluster(tier, nodes) for tier in tiers if _is_on_ray(tier)}
+    plans = _here(tuple(tier for tier in tiers if tier.name not in there), machine)
+    problem = too_much_ram(plans, machine)
+    here = {plan.name: plan for plan in plans}
+    return _summed_up([there.get(tier.name) or here[tier.name] for tier in tiers], machine, problem)
+
+
+def _is_on_ray(tier: Tier) -> bool:
+    return tier.resources.launch == "ray"
+
+
+def _here(tiers: tuple[Tier, ...], machine: Machine) -> Sequence[TierPlan]:
+    """Those whose engines share this machine."""
     if machine.backend == "cpu":
         plans = [in_ram(tier, machine.ram, alone=False) for tier in tiers]
     else:
@@ -74,7 +96,7 @@ def together(tiers: tuple[Tier, ...], machine: Machine) -> Plan:
                 )
             degree = Degree(tier.resources.tensor_parallel, tier.resources.pipeline_parallel)
             plans.append(on_gpus(tier, [machine.gpus[gpu] for gpu in tier.resources.gpus], degree))
-    return _summed_up(plans, machine, too_much_ram(plans, machine))
+    return plans
 
 
 def alone(tiers: tuple[Tier, ...], machine: Machine) -> Plan:

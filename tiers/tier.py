@@ -40,15 +40,31 @@ class Resources(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    launch: Literal["local", "url", "ray"] = Field(
+        default="local",
+        description="local starts its engines here, ray on the nodes of a Ray cluster; url finds them at `urls`, "
+        "where `assay engine` runs them.",
+    )
     gpus: tuple[int, ...] = Field(
         default=(0,),
         min_length=1,
-        description="GPU indices, dealt out evenly to the replicas; more than one for each is tensor parallelism.",
+        description="GPU indices, dealt out evenly to the replicas; more than one for each is tensor parallelism. "
+        "With `launch: ray` they are those of every replica, and only their number counts.",
     )
     replicas: int = Field(
         default=1,
         ge=1,
         description="How many engines serve the tier, each with its own GPUs, or with its own memory on the CPU.",
+    )
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        description="Up to how many there may be while requests wait, with `launch: ray`; `replicas` by default.",
+    )
+    cpus: int = Field(
+        default=1,
+        ge=1,
+        description="CPUs that an engine takes of its node with `launch: ray`; on CPUs it computes with so many.",
     )
     pipeline_parallel: int = Field(
         default=1,
@@ -99,6 +115,10 @@ class Resources(BaseModel):
     def _gpus_make_whole_stages(self) -> Self:
         if len(set(self.gpus)) != len(self.gpus):
             raise ValueError(f"gpus {list(self.gpus)} names one twice")
+        if self.launch == "ray":
+            return self._on_ray()
+        if self.max_replicas is not None:
+            raise ValueError("max_replicas is for launch: ray, which finds room for further replicas")
         # Not the default: a CPU's config says nothing of GPUs. There tiers/placement.py asks whether they suffice.
         if "gpus" in self.model_fields_set and len(self.gpus) % self.replicas:
             raise ValueError(f"{len(self.gpus)} gpus cannot be dealt out evenly to {self.replicas} replicas")
@@ -107,10 +127,20 @@ class Resources(BaseModel):
             raise ValueError(f"{each} gpus cannot be cut into {self.pipeline_parallel} pipeline stages")
         return self
 
+    def _on_ray(self) -> Self:
+        if len(self.gpus) % self.pipeline_parallel:
+            raise ValueError(f"{len(self.gpus)} gpus cannot be cut into {self.pipeline_parallel} pipeline stages")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        if self.idle == "sleep":
+            raise ValueError("idle: sleep is for engines that share GPUs of this machine, not for launch: ray")
+        return self
+
     @property
     def tensor_parallel(self) -> int:
         """Over how many GPUs of one engine each layer is spread."""
-        return len(self.gpus) // self.replicas // self.pipeline_parallel
+        each = len(self.gpus) if self.launch == "ray" else len(self.gpus) // self.replicas
+        return each // self.pipeline_parallel
 
 
 @dataclass(frozen=True)
@@ -140,6 +170,9 @@ class Tier:
         gpus, replicas = self.resources.gpus, self.resources.replicas
         if replicas == 1:
             return (self,)
+        if self.resources.launch == "ray":
+            alone = self.resources.model_copy(update={"replicas": 1})
+            return (replace(self, resources=alone),) * replicas
         size = len(gpus) // replicas
         own = [{"replicas": 1, "gpus": gpus[size * i : size * (i + 1)]} for i in range(replicas)]
         return tuple(replace(self, resources=self.resources.model_copy(update=part)) for part in own)

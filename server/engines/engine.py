@@ -30,6 +30,8 @@ from tiers.probe.reading import (
 )
 
 HEALTH_TIMEOUT_S = 5.0
+REACH_TIMEOUT_S = 3.0
+"""For a connection, which the kernel makes however busy an engine is: only a machine that is gone makes none."""
 
 _READINGS = TypeAdapter(list[EngineReading])
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
@@ -213,10 +215,12 @@ class Engine(Measurable):
     async def is_alive(self) -> bool:
         """Ask it now; one that is too busy to answer is alive, and one that drains until it ends."""
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=REACH_TIMEOUT_S)
             async with self._session.get("/health", timeout=timeout) as answer:
                 self.drains = DRAINING in answer.headers
                 return self.drains or answer.status == HTTPStatus.OK
+        except aiohttp.ConnectionTimeoutError:
+            return False
         except TimeoutError:
             return True
         except aiohttp.ClientError:

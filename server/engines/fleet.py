@@ -8,23 +8,30 @@ from collections.abc import Iterable
 from server.engines.following import Following
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.scaling import Scaling
 from tiers.errors import AssayError
 
 log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
-    """All replicas of a server, tier by tier, and how those are followed that somebody else runs."""
+    """All replicas of a server, tier by tier, and what makes them more or fewer."""
 
     def __init__(
-        self, pools: Iterable[Pool], followings: Iterable[Following] = (), *, leave_within_s: float = 3600
+        self,
+        pools: Iterable[Pool],
+        followings: Iterable[Following] = (),
+        scalings: Iterable[Scaling] = (),
+        *,
+        leave_within_s: float = 3600,
     ) -> None:
-        """``leave_within_s`` is for what an engine works on that is gone from its name, and may take its time."""
+        """``leave_within_s`` is for what an engine works on that leaves, and may take its time."""
         self.pools = tuple(pools)
         self.followings = tuple(followings)
+        self._scalings = tuple(scalings)
         self._leave_within_s = leave_within_s
         self._keepers: dict[Replica, asyncio.Task[None]] = {}
-        self._followers: tuple[asyncio.Task[None], ...] = ()
+        self._changers: list[asyncio.Task[None]] = []
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
@@ -46,10 +53,14 @@ class Fleet:
         for replica in self.replicas:
             if replica not in self._keepers:
                 self._keepers[replica] = asyncio.create_task(replica.keep())
+        self._change(self._scalings)
 
     def follow(self) -> None:
         """From now on, have a replica of each engine that somebody else runs."""
-        self._followers = tuple(asyncio.create_task(each.keep(self.add, self._let_go)) for each in self.followings)
+        self._change(self.followings)
+
+    def _change(self, changing: Iterable[Following | Scaling]) -> None:
+        self._changers += [asyncio.create_task(each.keep(self.add, self._let_go)) for each in changing]
 
     async def _let_go(self, pool: Pool, replica: Replica) -> None:
         await self.remove(pool, replica, self._leave_within_s)
@@ -78,7 +89,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
-        keepers = (*self._followers, *self._keepers.values())
+        keepers = (*self._changers, *self._keepers.values())
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)

@@ -1,6 +1,6 @@
 """The replicas of one tier, and which of them takes a request. Knows load and health; knows nothing of HTTP."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from server.engines.affinity import NO_WORK, Work, choose
 from server.engines.replica import Replica
@@ -42,6 +42,7 @@ class Pool:
         """Those there are now; `Fleet.add` and `Fleet.remove` make it more or fewer."""
         self._max_num_seqs = max_num_seqs
         self._mean_answer = 128.0
+        self._waiting: Callable[[], int] = int
         metrics.declare(tier.name, self)
 
     def add(self, replica: Replica) -> None:
@@ -51,6 +52,15 @@ class Pool:
     def remove(self, replica: Replica) -> None:
         """One fewer; what it works on is its own to end."""
         self.replicas = tuple(each for each in self.replicas if each is not replica)
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Know how many requests wait in the tier's queue."""
+        self._waiting = waiting
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no engine works on: in the tier's queue, or handed to engines that are full."""
+        return self._waiting() + max(0, self.running - self._max_num_seqs * self.ready)
 
     @property
     def requests_at_once(self) -> int:

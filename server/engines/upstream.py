@@ -26,6 +26,10 @@ class UpstreamBroke(Exception):
     """The engine could not be reached, or its answer ended before it was whole, or is no HTTP."""
 
 
+class NotReached(UpstreamBroke):
+    """The engine could not be reached: it has seen nothing of the request, which cannot be what ended it."""
+
+
 def tls_for(url: str) -> ssl.SSLContext | None:
     """By which the engine there is known, if it is asked for: authorities are the system's, or SSL_CERT_FILE's."""
     return ssl.create_default_context() if urlsplit(url).scheme == "https" else None
@@ -73,7 +77,7 @@ class Upstream:
                     self._connection, self._host, self._port, ssl=self._tls, server_hostname=self._name
                 )
         except OSError as error:  # the timeout is one
-            raise UpstreamBroke(f"no connection ({type(error).__name__})") from error
+            raise NotReached(f"no connection ({type(error).__name__})") from error
         return connection
 
     def give(self, connection: "Connection") -> None:

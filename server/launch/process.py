@@ -17,10 +17,22 @@ TETHER_GRACE_S = 5.0
 """What its tether may take beyond that; it is killed too if somebody has stopped it (SIGSTOP)."""
 
 
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
+def tethered(command: Sequence[str], orphaned_s: float | None = None) -> list[str]:
+    """The command that runs ``command`` and lets nothing of it outlive whoever started it.
+
+    Args:
+        command: what to run.
+        orphaned_s: how long it may take to end when its starter is gone; as when it is told to by default.
+    """
+    grace = f"{GRACE_S}" if orphaned_s is None else f"{GRACE_S}:{orphaned_s}"
+    # Not from the working directory, which may hold a `server` of its own.
+    return [sys.executable, "-P", "-m", "server.launch.tether", grace, *command]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of that address, loopback by default, that was free a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
     return port
 
@@ -36,18 +48,13 @@ class LocalProcess:
     async def start(
         cls, command: Sequence[str], environment: dict[str, str], log: Path, *, pipe_output: bool = False
     ) -> "LocalProcess":
-        """Start ``command`` with its output in ``log``; with ``pipe_output``, standard output in `lines`."""
+        """Start ``command`` with its output in ``log``; with ``pipe_output``, standard output in `output`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists():
             log.replace(log.with_suffix(".previous.log"))
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # not from the working directory, which may hold a `server` of its own
-                "-m",
-                "server.launch.tether",
-                str(GRACE_S),
-                *command,
+                *tethered(command),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE if pipe_output else output,
                 stderr=output,

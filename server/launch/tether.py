@@ -1,10 +1,14 @@
 """Ties a process tree to the life of whoever started it.
 
-usage: python -m server.launch.tether GRACE_SECONDS COMMAND...
+usage: python -m server.launch.tether GRACE_SECONDS[:ORPHANED_SECONDS] COMMAND...
 
 Runs COMMAND and ends with its exit code. When standard input closes (the starter is gone, however it died) or
-SIGTERM comes, COMMAND gets SIGTERM and GRACE_SECONDS to end. In every case, nothing that COMMAND started is
-left when this process ends. Uses the standard library and psutil only: it must start at once.
+SIGTERM comes, COMMAND gets SIGTERM and GRACE_SECONDS to end, or ORPHANED_SECONDS when it is the starter that is
+gone. In every case, nothing that COMMAND started is left when this process ends. Uses the standard library and
+psutil only: it must start at once.
+
+COMMAND may be a tether itself. It then learns of this one's end, even of one by SIGKILL, as this one of its
+starter's, by its standard input.
 """
 
 import ctypes
@@ -24,24 +28,27 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    grace, command = float(arguments[0]), arguments[1:]
+    asked, _, orphaned = arguments[0].partition(":")
+    command = arguments[1:]
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # A list, not an Event: a signal handler that takes a lock which the main thread holds never returns.
-    released: list[bool] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: released.append(True))
-    threading.Thread(target=_wait_for_end_of_input, args=(released,), daemon=True).start()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    released: list[float] = []
+    """With how long it may take."""
+    signal.signal(signal.SIGTERM, lambda number, frame: released.append(float(asked)))
+    threading.Thread(target=_wait_for_end_of_input, args=(released, float(orphaned or asked)), daemon=True).start()
+    # A pipe that nobody writes to, and that ends with this process.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
     while child.poll() is None and not released:
         time.sleep(POLL_S)
-    code = child.returncode if child.returncode is not None else _end(child, grace)
+    code = child.returncode if child.returncode is not None else _end(child, released[0])
     _kill_what_is_left()
     return code if code >= 0 else 128 - code
 
 
-def _wait_for_end_of_input(released: list[bool]) -> None:
+def _wait_for_end_of_input(released: list[float], grace: float) -> None:
     while os.read(0, 1024):
         pass
-    released.append(True)
+    released.append(grace)
 
 
 def _end(child: subprocess.Popen[bytes], grace: float) -> int:

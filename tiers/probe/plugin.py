@@ -5,6 +5,7 @@ from vllm.platforms.interface import PlatformEnum
 
 from tiers.probe.fp8_cpu import CPUFP8ScaledMMLinearKernel
 from tiers.probe.fp8_kv_cpu import round_into_cache
+from tiers.probe.group import take_group
 from tiers.probe.log import keep_log_clean
 from tiers.probe.seeds import keep_seeds
 from tiers.probe.waiting import wait_with_naps
@@ -16,4 +17,5 @@ def register() -> None:
     keep_seeds()
     wait_with_naps()
     round_into_cache()
+    take_group()
     register_linear_kernel(CPUFP8ScaledMMLinearKernel, PlatformEnum.CPU, "fp8")

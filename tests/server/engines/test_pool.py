@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.progress import Steps
 from server.serve import _prepare
-from tests.server.conftest import Gateway, Handler, fake_replica
+from tests.server.conftest import FakeEngineReplica, Gateway, Handler, fake_replica
 from tests.server.engines.test_turns import Bed, Memory
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
@@ -292,3 +293,28 @@ async def engines(three: Three, handler: Handler) -> AsyncIterator[None]:
         for replica in three.replicas:
             await replica.stop()
         await runner.cleanup()
+
+
+def refuse_connections(replica: FakeEngineReplica) -> None:
+    """As the engine of a node that is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        replica.connect(f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+async def test_a_request_finds_the_one_that_is_left_of_many(three: Three, gateway: Gateway) -> None:
+    """With a node go all its replicas at once; no engine that never saw the request can have ended by it."""
+    *gone, left = three.replicas
+    for replica in gone:
+        refuse_connections(replica)
+    left.connect(gateway.replica.url)
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    gateway.handler = answer
+    answered = await three.gateway.post()
+    assert answered.status == 200, answered.body
+    assert [replica.state for replica in gone] == [State.RESTARTING] * 2
+    for replica in three.replicas:
+        await replica.stop()

@@ -1,0 +1,149 @@
+"""How many replicas a tier is to have: more while requests wait, fewer when few come. Knows no way to start one.
+
+What is decided is a function of what was seen; `Scaling` looks, and has it done.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.state import State
+
+log = logging.getLogger("assay.scaling")
+
+LOOK_S = 1.0
+
+
+class Look(NamedTuple):
+    """What is true of a tier at one moment."""
+
+    at: float
+    """In seconds, of any clock that only goes forward."""
+    waiting: int
+    """Requests that no engine works on."""
+    running: int
+    """Requests that engines work on."""
+    replicas: int
+    """Engines there are, or are to be; those that leave are not counted."""
+    able: int
+    """Those of them that answer."""
+
+    @classmethod
+    def at_pool(cls, pool: Pool) -> Self:
+        """Now, of that tier."""
+        staying = [replica for replica in pool.replicas if replica.state is not State.DRAINING]
+        return cls(time.monotonic(), pool.waiting, pool.running, len(staying), sum(r.can_answer for r in staying))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Between what the number of replicas is held, and how long a reason must hold before it changes."""
+
+    fewest: int
+    most: int
+    requests_of_one: int
+    """What one engine works on at once."""
+    more_after_s: float = 10
+    """A queue that lasts so long does not pass by itself."""
+    fewer_after_s: float = 300
+    """An engine takes a minute or more to come back: it must have been too many for longer than that."""
+    fullness: float = 0.5
+    """How full the others may be when one leaves. Well below 1, or the next request would call it back."""
+
+
+class Reason(NamedTuple):
+    """Why there should be more replicas (1), or fewer (-1), and since when; 0 is none."""
+
+    change: int = 0
+    since: float = 0.0
+
+
+def next_reason(reason: Reason, look: Look, bounds: Bounds) -> tuple[Reason, int]:
+    """The reason that holds after this look, and by how many to change the number of replicas now: -1, 0 or 1.
+
+    A reason counts from the first look of an unbroken row that has it, and anew after each change. While a replica
+    is still on its way, or back from a failure, no further one is called: it is what those who wait for wait for.
+    """
+    change = _wanted(look, bounds)
+    if change == 0 or look.able < look.replicas:
+        return Reason(0, look.at), 0
+    if change != reason.change:
+        reason = Reason(change, look.at)
+    held_s = look.at - reason.since
+    if held_s < (bounds.more_after_s if change > 0 else bounds.fewer_after_s):
+        return reason, 0
+    return Reason(0, look.at), change
+
+
+def _wanted(look: Look, bounds: Bounds) -> int:
+    if look.replicas < bounds.most and look.waiting:
+        return 1
+    others = bounds.requests_of_one * (look.replicas - 1)
+    if look.replicas > bounds.fewest and not look.waiting and look.running <= bounds.fullness * others:
+        return -1
+    return 0
+
+
+Add = Callable[[Pool, Replica], None]
+Remove = Callable[[Pool, Replica], Awaitable[None]]
+
+
+class Scaling:
+    """Holds one tier to as many replicas as it needs."""
+
+    def __init__(
+        self, pool: Pool, bounds: Bounds, another: Callable[[int], Replica], *, look_s: float = LOOK_S
+    ) -> None:
+        """``another`` makes a replica of that number, which is not started."""
+        self._pool = pool
+        self._bounds = bounds
+        self._another = another
+        self._look_s = look_s
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._numbers = {replica: number for number, replica in enumerate(pool.replicas, 1)}
+
+    async def keep(self, add: Add, remove: Remove) -> None:
+        """Look again and again, for ever.
+
+        Args:
+            add: brings up a replica more.
+            remove: lets one end what it works on, and ends it.
+        """
+        reason = Reason()
+        try:
+            while True:
+                reason, change = next_reason(reason, Look.at_pool(self._pool), self._bounds)
+                if change > 0:
+                    self._more(add)
+                elif change < 0:
+                    self._fewer(remove)
+                await asyncio.sleep(self._look_s)
+        finally:
+            for leaving in self._leaving:
+                leaving.cancel()
+
+    def _more(self, add: Add) -> None:
+        self._numbers = {replica: self._numbers[replica] for replica in self._pool.replicas}
+        number = next(n for n in range(1, len(self._numbers) + 2) if n not in self._numbers.values())
+        replica = self._another(number)
+        self._numbers[replica] = number
+        log.warning("%s: %d requests wait; another replica is started", replica.name, self._pool.waiting)
+        add(self._pool, replica)
+
+    def _fewer(self, remove: Remove) -> None:
+        """The one that does least, the newest of several such; the first stays, which is the one measured."""
+        staying = [replica for replica in self._pool.replicas if replica.state is not State.DRAINING]
+        replica = min(reversed(staying[1:]), key=lambda each: each.running)
+        log.warning("%s: the others suffice; it ends when its requests have", replica.name)
+        leaving = asyncio.ensure_future(_all_of(remove(self._pool, replica)))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+
+async def _all_of(work: Awaitable[None]) -> None:
+    await work

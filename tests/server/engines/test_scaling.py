@@ -1,0 +1,147 @@
+"""How many replicas a tier has, decided from what was seen of it over time."""
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from server.config import Config
+from server.engines.pool import Pool
+from server.engines.replica import Replica
+from server.engines.scaling import Bounds, Look, Reason, Scaling, next_reason
+from server.engines.state import State
+from server.metrics import Metrics
+from tests.server.conftest import FakeEngineReplica, fake_replica
+
+BOUNDS = Bounds(fewest=1, most=3, requests_of_one=4, more_after_s=10, fewer_after_s=100)
+
+
+def changes(looks: Iterable[Look], bounds: Bounds = BOUNDS) -> list[tuple[float, int]]:
+    """When the number changes, and how; what is seen does not follow it."""
+    reason, found = Reason(), []
+    for look in looks:
+        reason, change = next_reason(reason, look, bounds)
+        if change:
+            found.append((look.at, change))
+    return found
+
+
+def row(seconds: int, *, begin: int = 0, **seen: int) -> list[Look]:
+    """The same, seen once a second."""
+    what = {"waiting": 0, "running": 0, "replicas": 1, "able": 1} | seen
+    return [Look(at, **what) for at in range(begin, begin + seconds)]
+
+
+def test_a_queue_that_lasts_brings_one_replica_more() -> None:
+    assert changes(row(15, waiting=3, running=4)) == [(10, 1)]
+
+
+def test_a_queue_that_passes_brings_none() -> None:
+    waves = [row(9, begin=at, waiting=3) + row(1, begin=at + 9) for at in range(0, 60, 10)]
+    assert changes(look for wave in waves for look in wave) == []
+
+
+def test_while_one_is_on_its_way_no_further_is_called() -> None:
+    assert changes(row(60, waiting=9, replicas=2, able=1)) == []
+    coming = row(30, waiting=9, replicas=2, able=1) + row(12, begin=30, waiting=9, replicas=2, able=2)
+    assert changes(coming) == [(40, 1)]  # and the time begins anew once it is there: it may have been enough
+
+
+def test_there_are_never_more_than_the_most() -> None:
+    assert changes(row(60, waiting=9, replicas=3, able=3)) == []
+
+
+def test_there_are_never_fewer_than_the_fewest() -> None:
+    assert changes(row(500)) == []
+    assert changes(row(500, replicas=2, able=2), Bounds(2, 3, 4)) == []
+
+
+def test_when_few_requests_come_for_long_one_leaves() -> None:
+    assert changes(row(150, replicas=3, able=3)) == [(100, -1)]
+
+
+def test_one_busy_moment_keeps_them_all() -> None:
+    busy = row(90, replicas=2, able=2) + row(1, begin=90, running=3, replicas=2, able=2)
+    assert changes(busy + row(90, begin=91, replicas=2, able=2)) == []
+
+
+def test_one_leaves_only_if_the_others_would_stay_well_below_full() -> None:
+    assert changes(row(300, running=3, replicas=2, able=2)) == []  # 3 of the 4 places that would be left
+    assert changes(row(101, running=2, replicas=2, able=2)) == [(100, -1)]
+
+
+def test_load_between_the_two_bounds_changes_nothing_however_long() -> None:
+    """Neither is there a queue, nor would one fewer do: what one replica more has settled stays settled."""
+    assert changes(row(2000, running=5, replicas=2, able=2)) == []
+
+
+def test_a_replica_that_failed_is_waited_for_and_not_replaced() -> None:
+    assert changes(row(300, replicas=2, able=1)) == []
+
+
+class Tended:
+    """A tier with one replica, and who brings and takes others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config, self.metrics = Config(home=folder), Metrics()
+        self.queue = 0
+        first = self._ready(1)
+        self.pool = Pool(self.config.tiers[0], first.manifest, 2048, [first], self.metrics, max_num_seqs=4)
+        self.pool.watch_queue(lambda: self.queue)
+        self.left: list[Replica] = []
+        self.numbers: list[int] = []
+
+    def _ready(self, number: int) -> FakeEngineReplica:
+        replica = fake_replica(self.config, self.metrics, number, 3)
+        replica.state = State.READY
+        return replica
+
+    def another(self, number: int) -> Replica:
+        self.numbers.append(number)
+        return self._ready(number)
+
+    def add(self, pool: Pool, replica: Replica) -> None:
+        pool.add(replica)
+
+    async def remove(self, pool: Pool, replica: Replica) -> None:
+        await replica.drain(1)
+        pool.remove(replica)
+        self.left.append(replica)
+
+    async def reaches(self, replicas: int) -> None:
+        async with asyncio.timeout(2):
+            while len(self.pool.replicas) != replicas:
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def tended(tmp_path: Path) -> Tended:
+    return Tended(tmp_path)
+
+
+async def test_a_tier_grows_with_its_queue_and_shrinks_without(tended: Tended) -> None:
+    first = tended.pool.replicas[0]
+    bounds = Bounds(1, 3, 4, more_after_s=0.01, fewer_after_s=0.02)
+    keeping = asyncio.create_task(
+        Scaling(tended.pool, bounds, tended.another, look_s=0.005).keep(tended.add, tended.remove)
+    )
+    tended.queue = 5
+    await tended.reaches(3)
+    tended.queue = 0
+    await tended.reaches(1)
+    keeping.cancel()
+    assert tended.numbers == [2, 3]
+    assert tended.pool.replicas == (first,)
+    assert [replica.name.partition("(")[2] for replica in tended.left] == ["3 of 3)", "2 of 3)"]
+
+
+async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> None:
+    (replica,) = tended.pool.replicas
+    assert isinstance(replica, FakeEngineReplica)
+    async with replica.works_on(4):
+        assert tended.pool.waiting == 0
+        async with replica.works_on(2):
+            assert tended.pool.waiting == 2
+            tended.queue = 3
+            assert tended.pool.waiting == 5
