@@ -16,6 +16,7 @@ from server.errors import FieldRefused, Refusal, envelope
 from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
 from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
+from server.intake import Intake
 from server.keys import Keys
 from server.metrics import NO_TIER, Metrics
 from server.openai import PATHS, Endpoint, models_router
@@ -88,10 +89,11 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
         )
         for path in PATHS
     }
-    return Gateway(_other_routes(fleet, routes, standings, metrics), endpoints, keys, metrics)
+    intake = Intake()
+    return Gateway(_other_routes(fleet, routes, standings, metrics, intake), endpoints, keys, metrics, intake)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics) -> FastAPI:
+def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics, intake: Intake) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -106,7 +108,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: M
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, metrics))
+    app.include_router(health_router(fleet, metrics, intake))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
@@ -121,7 +123,10 @@ class Gateway:
     Every answer says the request's id, our own mistakes included.
     """
 
-    def __init__(self, app: FastAPI, endpoints: dict[str, Endpoint], keys: Keys, metrics: Metrics) -> None:
+    def __init__(
+        self, app: FastAPI, endpoints: dict[str, Endpoint], keys: Keys, metrics: Metrics, intake: Intake
+    ) -> None:
+        self.intake = intake
         self._app = app
         self._endpoints = endpoints
         self._keys = keys
@@ -134,6 +139,8 @@ class Gateway:
         request_id = request_id_of(scope["headers"])
         # Taken out of the scope, which would otherwise refer to what refers to it.
         reply = Reply(send, scope["extensions"].pop(WHEN_GONE), request_id)
+        if self.intake.is_ending:
+            reply.headers.append((b"connection", b"close"))  # the next request is to go elsewhere
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
@@ -156,7 +163,8 @@ class Gateway:
         elif scope["method"] != "POST":
             raise MethodNotAllowed(scope["method"], path, "POST")
         else:
-            await endpoint(scope["headers"], receive, reply, key)
+            with self.intake:
+                await endpoint(scope["headers"], receive, reply, key)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ from server.checkpoints import Checkpoints
 from server.commands.certificate import certificate_app
 from server.commands.certify import certify
 from server.commands.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
+from server.commands.drain import drain
 from server.commands.keys import keys_app
 from server.commands.operators import operators
 from server.commands.sensitivity import sensitivity
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(keys_app, name="keys")
 app.add_typer(certificate_app, name="certificate")
 app.command()(certify)
+app.command()(drain)
 app.command()(operators)
 app.command()(sensitivity)
 

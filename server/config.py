@@ -65,8 +65,17 @@ class Config(Patience):
         description="Further ones get 503; fewer where too few files may be open.",
     )
     start_timeout_s: float = Field(default=1800, gt=0, description="An engine not ready by then has failed.")
+    drain_grace_s: float = Field(
+        default=1,
+        ge=0,
+        description="How long a server that was told to stop takes new requests, while /readyz says 503 already: "
+        "as long as a load balancer takes to notice.",
+    )
     drain_timeout_s: float = Field(
-        default=30, ge=0, description="How long running requests may take to finish when the server stops."
+        default=600,
+        ge=0,
+        description="How long the requests it has accepted may then take to finish, those that wait in a queue "
+        "included; and those of an engine that `assay drain` takes out of service.",
     )
     idle_after_s: float = Field(
         default=60, gt=0, description="How long a tier with `idle: sleep` stays awake after its last request."

@@ -6,6 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from server.engines.fleet import Fleet
+from server.intake import Intake
 from server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
@@ -19,13 +20,13 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether every configured tier can answer, and the state of each."""
+    """Whether requests should be sent here, and the state of each tier."""
 
     ready: bool
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, metrics: Metrics) -> APIRouter:
+def health_router(fleet: Fleet, metrics: Metrics, intake: Intake) -> APIRouter:
     """The routes of a server's health."""
     router = APIRouter(tags=["health"])
 
@@ -36,11 +37,12 @@ def health_router(fleet: Fleet, metrics: Metrics) -> APIRouter:
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Which tiers can answer; 503 until all can."""
-        if not fleet.is_ready:
+        """Which tiers can answer; 503 until all can that are in service, and once the server stops."""
+        ready = fleet.is_ready and not intake.is_ending
+        if not ready:
             response.status_code = 503
         states = {pool.tier.name: pool.state.value for pool in fleet.pools}
-        return Readiness(ready=fleet.is_ready, tiers=states)
+        return Readiness(ready=ready, tiers=states)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:

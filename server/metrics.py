@@ -75,6 +75,10 @@ class TierStatus(Protocol):
         """How many can answer."""
 
     @property
+    def drained(self) -> int:
+        """How many an operator has taken out of service, or is about to start again."""
+
+    @property
     def running(self) -> int:
         """Requests that they work on."""
 
@@ -166,7 +170,16 @@ class Metrics:
             registry=self.registry,
         )
         self.restarts = Counter(
-            "assay_engine_restarts", "Times an engine was started again.", ["tier"], registry=self.registry
+            "assay_engine_restarts",
+            "Times an engine that had failed was started again.",
+            ["tier"],
+            registry=self.registry,
+        )
+        self.planned_restarts = Counter(
+            "assay_engine_planned_restarts",
+            "Times an engine was ended and started again because an operator asked for it (`assay drain`).",
+            ["tier"],
+            registry=self.registry,
         )
         self.ejections = Counter(
             "assay_engine_ejections",
@@ -218,18 +231,32 @@ class Metrics:
         self.replicas_ready = Gauge(
             "assay_replicas_ready", "Engines of the tier that can answer now.", ["tier"], registry=self.registry
         )
+        self.replicas_drained = Gauge(
+            "assay_replicas_drained",
+            "Engines of the tier that an operator has out of service (`assay drain`): no cause for an alarm.",
+            ["tier"],
+            registry=self.registry,
+        )
 
     def declare(self, tier: str, status: TierStatus) -> None:
         """Show a tier's series from the start, so that a rate over its first event is right.
 
         What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
         """
-        for counter in (self.left, self.broken, self.restarts, self.ejections, self.retries):
+        for counter in (
+            self.left,
+            self.broken,
+            self.restarts,
+            self.planned_restarts,
+            self.ejections,
+            self.retries,
+        ):
             counter.labels(tier)
         self.running.labels(tier).set_function(lambda: status.running)
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
         self.replicas.labels(tier).set_function(lambda: len(status.replicas))
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)
+        self.replicas_drained.labels(tier).set_function(lambda: status.drained)
         self.verified.labels(tier).set_function(lambda: status.is_verified)
         self.asleep.labels(tier).set_function(lambda: status.is_asleep)
         for kind in TOKEN_KINDS:

@@ -203,6 +203,7 @@ class Endpoint:
             await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
             try:
                 async with self._admission.place(key, pool, call.choices):
+                    self._gate.check(pool, self._gate.standing(pool))  # it may have waited for another engine
                     await self._hold_prompt_to_tier(errand, pool, reply)
                     whole = await forward(errand, pool, reply, watch, self._metrics)
             finally:

@@ -5,6 +5,7 @@ started is ended before this returns.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -16,11 +17,15 @@ from server.app import build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
+from server.control import listening_for_operators
+from server.engines.drains import Drains
 from server.engines.engine import PrecisionRefused
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.signs import first_of
 from server.engines.turns import Turns, share
+from server.intake import Intake
 from server.keys import Keys
 from server.launch.local import LocalLaunch
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
@@ -204,7 +209,8 @@ async def _run(
     announce: Announce,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    server = http_server(build_app(config, fleet, keys, metrics), config, metrics)
+    app = build_app(config, fleet, keys, metrics)
+    server = http_server(app, config, metrics)
     spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
@@ -214,13 +220,15 @@ async def _run(
         if not await _unless_asked(stop, starting):
             return
         fleet.watch()
+        drains = Drains(fleet, config.drain_timeout_s)
+        await ending.enter_async_context(listening_for_operators(config, drains))
         announce(fleet, url_of(listener), keys)
         certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
         ending.push_async_callback(_cancel, certifying)
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()
-        await _drain(config, fleet, server, stop)
+        await _drain(config, app.intake, drains, stop)
 
 
 def spare_the_collector() -> None:
@@ -256,18 +264,28 @@ async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
         await asyncio.gather(*starts, return_exceptions=True)
 
 
-async def _drain(config: Config, fleet: Fleet, server: Server, stop: Stop) -> None:
-    """Accept nothing new, and let what runs come to its end, for a bounded time."""
-    server.should_exit = True
-    if fleet.running:
-        log.warning("stopping: %d requests may finish within %.0f s", fleet.running, config.drain_timeout_s)
-    draining = asyncio.create_task(fleet.drain(config.drain_timeout_s))
-    at_once = asyncio.create_task(stop.at_once.wait())
-    await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
-    draining.cancel()
-    at_once.cancel()
-    if fleet.running:
-        log.warning("stopping: %d requests are broken off", fleet.running)
+async def _drain(config: Config, intake: Intake, drains: Drains, stop: Stop) -> None:
+    """Take nothing new after a grace, and let what was accepted come to its end, for a bounded time."""
+
+    async def until_empty() -> None:
+        intake.is_ending = True
+        await asyncio.sleep(config.drain_grace_s)
+        intake.close()
+        if intake.under_way:
+            log.warning(
+                "stopping: %d requests may finish within %.0f s; a second signal breaks them off",
+                intake.under_way,
+                config.drain_timeout_s,
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(config.drain_timeout_s):
+                await intake.until_empty()
+
+    drains.give_up()
+    await first_of([until_empty(), stop.at_once.wait()])
+    intake.close()
+    if intake.under_way:
+        log.warning("stopping: %d requests are broken off", intake.under_way)
 
 
 async def _stop_gateway(server: Server, gateway: asyncio.Task[None]) -> None:

@@ -1,15 +1,19 @@
 """All replicas of a server: watched, drained and stopped together."""
 
 import asyncio
+import contextlib
 import logging
-import time
 from collections.abc import Iterable
 
+from server.engines.keeper import keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.state import State
 from tiers.errors import AssayError
 
 log = logging.getLogger("assay.fleet")
+
+POLL_S = 0.05
 
 
 class Fleet:
@@ -26,8 +30,9 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every configured tier can answer."""
-        return all(pool.can_answer for pool in self.pools)
+        """Whether every configured tier takes requests, those aside that an operator has out of service."""
+        wanted = [pool for pool in self.pools if not pool.service.closed]
+        return bool(wanted) and all(pool.takes_requests for pool in wanted)
 
     @property
     def running(self) -> int:
@@ -37,7 +42,7 @@ class Fleet:
     def watch(self) -> None:
         """From now on, start again what ends."""
         for replica in self.replicas:
-            self._keepers[replica] = asyncio.create_task(replica.keep())
+            self._keep(replica)
 
     def add(self, pool: Pool, replica: Replica) -> None:
         """One replica more: it is started now, watched, and takes requests as soon as it can."""
@@ -46,20 +51,43 @@ class Fleet:
 
     async def remove(self, pool: Pool, replica: Replica, timeout_s: float) -> None:
         """One replica fewer: it gets nothing new, ends what it works on within the time, and is stopped."""
-        await replica.drain(timeout_s)
+        replica.leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while replica.running:
+                    await asyncio.sleep(POLL_S)
         pool.remove(replica)
-        keeper = self._keepers.pop(replica, None)
-        if keeper is not None:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+        await self._end_keeper(replica)
         await replica.stop()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait until no request runs; False if some still did when the time was over."""
-        until = time.monotonic() + timeout_s
-        while self.running and time.monotonic() < until:
-            await asyncio.sleep(0.1)
-        return not self.running
+    async def restart(self, replica: Replica) -> None:
+        """End its engine, which has nothing to do, and start another; whatever comes of that, it is watched.
+
+        Raises:
+            AssayError: the other one does not start now.
+        """
+        replica.state = State.RESTARTING  # before all else: while its keeper ends, it could get requests
+        await self._end_keeper(replica)
+        replica.leaving = False
+        try:
+            await replica.restart()
+        except Exception:
+            self._keep(replica)
+            raise
+        self._keep(replica)
+
+    async def halt(self, replica: Replica) -> None:
+        """End its engine, which is to take nothing new already; `restart` starts another."""
+        await self._end_keeper(replica)
+        await replica.end()
+
+    def _keep(self, replica: Replica) -> None:
+        self._keepers[replica] = asyncio.create_task(keep(replica))
+
+    async def _end_keeper(self, replica: Replica) -> None:
+        if (keeper := self._keepers.pop(replica, None)) is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
@@ -76,4 +104,4 @@ async def _bring_up(replica: Replica) -> None:
         await replica.start()
     except AssayError as error:
         log.error("%s", error)  # noqa: TRY400  # the sentence says it all
-    await replica.keep()
+    await keep(replica)

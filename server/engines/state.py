@@ -4,7 +4,10 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """From its start to its end; several come more than once."""
+    """From its start to its end; several come more than once.
+
+    `DRAINING` and `DRAINED` are how an operator's work on it is shown; see `Pool.shown`.
+    """
 
     STARTING = "starting"
     WARMING_UP = "warming up"
@@ -12,10 +15,11 @@ class State(StrEnum):
     ASLEEP = "asleep"
     SUSPENDED = "suspended"
     DRAINING = "draining"
+    DRAINED = "drained"
     RESTARTING = "restarting"
     REFUSED = "refused"
     STOPPED = "stopped"
 
 
-UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED, State.DRAINING})
+UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED})
 """Those in which there is an engine to watch."""
