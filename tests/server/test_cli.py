@@ -315,6 +315,18 @@ def test_a_full_disk_is_found_before_building(here: Here, tmp_path: Path, monkey
     assert "0.00 GB free: make room" in err
 
 
+def test_without_a_server_the_command_says_so(here: Here) -> None:
+    code, out, err = here("drain", "Lite", "--json")
+    assert (code, out) == (1, "")
+    assert "No server that runs from .assay answers" in " ".join(err.split())
+
+
+def test_to_stop_and_to_resume_at_once_is_refused(here: Here) -> None:
+    code, _, err = here("drain", "Lite", "--stop", "--resume")
+    assert code == 2
+    assert "--stop and --resume contradict each other" in err
+
+
 def complete(here: Here, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]:
     """What bash is told when it asks for the last of these words."""
     monkeypatch.setenv("_ASSAY_COMPLETE", "complete_bash")
