@@ -55,7 +55,7 @@ class Pool:
     @property
     def requests_at_once(self) -> int:
         """What the engines work on together; 0 while requests are to wait for one that is started again."""
-        return self._max_num_seqs * self.service.places
+        return self.service.places(self._max_num_seqs)
 
     @property
     def can_answer(self) -> bool:

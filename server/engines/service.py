@@ -61,27 +61,30 @@ class Service:
             replica.takes_requests for replica in self._replicas() if replica is not returning
         )
 
-    @property
-    def places(self) -> int:
-        """How many replicas requests may be sent to now.
+    def places(self, each: int) -> int:
+        """How many requests may be on the engines now, with so many for each replica that is in service.
 
-        Of those that failed it counts all, as if they worked: who comes for them is told so, and does not wait.
+        Those that one out of service still works on take nobody's place. Replicas that failed count as if they
+        worked: who comes for them is told so, and does not wait.
         """
         if self.is_paused:
             return 0
-        return max(1, len(self._replicas()) - self.drained)
+        out = [replica for replica in self._replicas() if self._is_out(replica)]
+        return each * max(1, len(self._replicas()) - len(out)) + sum(replica.running for replica in out)
 
     @property
     def drained(self) -> int:
         """How many replicas an operator has out of service."""
-        return sum(replica.leaving or replica is self.returning for replica in self._replicas())
+        return sum(map(self._is_out, self._replicas()))
+
+    def _is_out(self, replica: Replica) -> bool:
+        return replica.leaving or replica is self.returning
 
     def shown(self, replica: Replica) -> State:
         """Its state, as people are told: an operator's work on it is said before how the engine fares."""
         if replica.state is State.STOPPED and replica.leaving:
             return State.DRAINED
-        is_out = replica.leaving or replica is self.returning
-        return State.DRAINING if is_out and replica.state in UP else replica.state
+        return State.DRAINING if self._is_out(replica) and replica.state in UP else replica.state
 
     def is_done_with(self, replica: Replica) -> bool:
         """Whether no request is on it that it must answer, or on its way there.

@@ -72,7 +72,7 @@ async def drain(assay: Server) -> dict[str, Any]:
     return dict(account)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 async def test_drain_under_load_starts_the_engine_again_and_loses_no_request(assay: Server) -> None:
     before, engine = assay.get(f"/v1/tiers/{TIER}"), assay.engine("Lite", LLAMA)[0]
     accounts = []
@@ -90,7 +90,7 @@ async def test_drain_under_load_starts_the_engine_again_and_loses_no_request(ass
     assay.remember_processes()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 async def test_sigterm_under_load_finishes_what_was_accepted_and_leaves_nothing(assay: Server) -> None:
     assay.remember_processes()
 

@@ -11,6 +11,7 @@ from aiohttp import web
 from server.engines.drains import Drains, NotDrained, Work
 from server.engines.state import State
 from server.engines.turns import Turns
+from server.fair_queue import FairQueue
 from tests.server.engines.drained import (
     STREAM,
     TIER,
@@ -63,15 +64,18 @@ async def test_all_that_was_accepted_before_and_during_a_restart_is_answered_who
     assert "the engine ended" not in caplog.text
 
 
-async def test_a_request_that_was_given_its_place_a_moment_ago_still_gets_its_engine(tier: Tier) -> None:
-    """The engine works on nothing in the moment between one request's end and the next one's beginning."""
+async def test_who_has_a_place_and_is_not_on_the_engine_yet_is_waited_for(tier: Tier) -> None:
+    """Between one request's end and the next one's beginning the engine works on nothing, for a moment."""
     engines, drains = tier
-    first = engines.ask(3)
-    await until(lambda: engines.begun == 2)
-    drain = drains.begin(TIER, Work.RESTART)
-    engines.may_end.set()
-    assert all(is_whole(answer) for answer in await asyncio.gather(*first))
+    engine = engines.gateway.replica.engine
+    generating, _ = engines.pool.service._queues
+    assert isinstance(generating, FairQueue)
+    async with generating.place("ann"):
+        drain = drains.begin(TIER, Work.RESTART)
+        await a_moment()
+        assert engines.pool.pick().engine is engine, "it finds its engine"
     await drain.task
+    assert engines.gateway.replica.engine is not engine
 
 
 async def test_tokenizing_waits_as_well(tier: Tier) -> None:
@@ -147,7 +151,7 @@ async def test_while_one_of_two_is_drained_the_other_takes_all_within_its_own_pl
     await a_moment()
     waiting = engines.ask()
     await a_moment()
-    assert engines.pool.requests_at_once == 2
+    assert engines.pool.requests_at_once == 2 + 2, "what the one still works on, beside the other's own"
     assert not waiting[0].done()
     assert (engines.gateway.replica.running, second.running) == (2, 2), "it waits rather than crowd the other"
     engines.may_start.clear()
@@ -158,6 +162,21 @@ async def test_while_one_of_two_is_drained_the_other_takes_all_within_its_own_pl
     engines.may_start.set()
     await drain.task
     assert engines.pool.requests_at_once == 4
+
+
+async def test_one_that_is_drained_gets_nothing_that_another_can_take(tier: Tier, tmp_path: Path) -> None:
+    engines, drains = tier
+    second = engines.add(tmp_path)
+    running = engines.ask(2)
+    await until(lambda: engines.begun == 2)
+    drain = drains.begin(TIER, Work.RESTART, number=1)
+    await a_moment()
+    running += engines.ask()
+    await until(lambda: engines.begun == 3)
+    assert (engines.gateway.replica.running, second.running) == (1, 2)
+    engines.may_end.set()
+    assert all(is_whole(answer) for answer in await asyncio.gather(*running))
+    await drain.task
 
 
 async def test_replicas_are_restarted_one_after_the_other(tier: Tier, tmp_path: Path) -> None:
