@@ -22,6 +22,33 @@ CHUNK = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"},"finish_
 END = b"data: [DONE]\n\n"
 
 
+class Runs:
+    """An engine's process, as far as its replica sees it: it runs until it is stopped."""
+
+    log = "nowhere"
+    exit_code = None
+
+    def __init__(self) -> None:
+        self._ended = asyncio.Event()
+
+    async def wait(self) -> int:
+        """Wait for its end."""
+        await self._ended.wait()
+        return 0
+
+    async def stop(self) -> None:
+        """End it."""
+        self._ended.set()
+
+    def last_line(self) -> str:
+        """It says nothing."""
+        return ""
+
+    def tail(self, size: int = 4096) -> str:
+        """It has said nothing."""
+        return ""
+
+
 class Engines:
     """Of one tier: each start takes until it is let through, or fails as the test wants."""
 
@@ -45,14 +72,16 @@ class Engines:
                 raise EngineNotStarted(f"{replica.name}: as the test wants.")
             replica._failed.clear()
             replica.connect(url)
+            replica.engine.process = Runs()
 
+        replica.engine.process = Runs()
         replica._start = start  # type: ignore[method-assign]
 
     def add(self, folder: Path) -> FakeEngineReplica:
         """Another replica, which is ready."""
         replica = fake_replica(Config(home=folder), Metrics(), 2, 2, tier=self.gateway.replica.tier)
-        self.take(replica)
         replica.connect(self.gateway.replica.url)
+        self.take(replica)
         self.pool.add(replica)
         return replica
 

@@ -61,7 +61,8 @@ async def test_all_that_was_accepted_before_and_during_a_restart_is_answered_who
     assert engines.gateway.metric("assay_engine_restarts_total") == 0, "it did not fail"
     assert engines.gateway.metric("assay_engine_planned_restarts_total") == 1
     assert engines.gateway.metric("assay_replicas_drained") == 0
-    assert "the engine ended" not in caplog.text
+    await a_moment()
+    assert "the engine ended" not in caplog.text, "nor does anybody start it another time"
 
 
 async def test_who_has_a_place_and_is_not_on_the_engine_yet_is_waited_for(tier: Tier) -> None:
