@@ -16,7 +16,8 @@ from tests.engines.conftest import LLAMA, MODEL, Server
 
 MESSAGES: Any = [{"role": "user", "content": "Count from one to one hundred in words."}]
 STREAMS = 50
-TOKENS = 150
+TOKENS = 64
+"""Of each: together so many that the command begins in the middle of them."""
 TIER = f"{LLAMA}-Lite"
 
 
@@ -75,14 +76,20 @@ async def drain(assay: Server) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 async def test_drain_under_load_starts_the_engine_again_and_loses_no_request(assay: Server) -> None:
     before, engine = assay.get(f"/v1/tiers/{TIER}"), assay.engine("Lite", LLAMA)[0]
-    accounts = []
+    accounts, waited = [], [0.0]
 
     async def meanwhile() -> None:
-        accounts.append(await drain(assay))
+        draining = asyncio.create_task(drain(assay))
+        while not draining.done():
+            await asyncio.sleep(0.5)
+            if (await asyncio.to_thread(assay.get, f"/v1/tiers/{TIER}"))["state"] == "restarting":
+                waited.append(await asyncio.to_thread(waits, assay))
+        accounts.append(await draining)
 
     await streams(assay, meanwhile)
     after = assay.get(f"/v1/tiers/{TIER}")
     assert accounts == [{"tier": TIER, "done": True, "problem": None, "states": ["ready"]}]
+    assert max(waited) > 0, "some waited while there was no engine"
     assert not engine.is_running()
     assert assay.engine("Lite", LLAMA)[0].pid != engine.pid
     assert after["verified"]["agrees"], "what it computes was read back"
