@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring bench-divergence clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring bench-divergence bench-routing bench-limits clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,12 @@ bench-scoring: install-dev ## prompt tokens per second that an engine scores, be
 
 bench-divergence: install-dev ## time and memory of comparing distributions, beside PyTorch's own; options in ARGS
 	$(RUN)/python -m tests.bench.divergence $(ARGS)
+
+bench-routing: install-dev ## prefix-cache hits and first tokens of two replicas, beside round robin; options in ARGS
+	$(RUN)/python -m tests.bench.routing $(ARGS)
+
+bench-limits: install-dev ## what the limits of a key cost a request, in the process and in Redis; options in ARGS
+	$(RUN)/python -m tests.bench.limits $(ARGS)
 
 clean: ## remove environments, checkpoints and logs
 	rm -rf .venv .venv-quantize .venv-bench .assay

@@ -3,17 +3,16 @@
 Knows keys, limits and queues; knows nothing of HTTP bodies or engines.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 from server.engines.pool import Pool
-from server.errors import TooManyAtOnce
 from server.exchange import Headers
 from server.fair_queue import FairQueue, Place
 from server.keys import Key
-from server.rates import Charge, Rates, Standing
+from server.limits import Entry, Limits
+from server.rates import Charge, Standing
 
 AT_THE_TOKENIZER = 4
 """Texts at once, of which an engine does one after another."""
@@ -34,56 +33,34 @@ class Account:
     A class, for every request has one, and a generator costs more.
     """
 
-    def __init__(self, key: Key | None, rates: Rates, running: "Counter[str]", headers: Headers) -> None:
-        self._key = key
-        self._rates = rates
-        self._running = running
+    def __init__(self, key: Key | None, limits: Limits, headers: Headers) -> None:
+        self._key = key if key is not None and key.has_limits else None
+        self._limits = limits
         self._headers = headers
+        self._entry = Entry()
         self._charge: Charge | None = None
         self.tokens: int | None = None
         """Prompt and answer, once the engine has said; what was reserved stays taken otherwise."""
 
     async def __aenter__(self) -> Self:
         if self._key is not None:
-            self._begin(self._key)
-            try:
-                await self._take_request(self._key)
-            except BaseException:
-                self._end(self._key)
-                raise
+            self._entry = await self._limits.enter(self._key)
+            if self._entry.standing is not None:
+                self._note("requests", self._entry.standing)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._key is not None:
-            self._end(self._key)
-            await self._settle()
-
-    def _begin(self, key: Key) -> None:
-        if key.concurrent_requests is not None and self._running[key.name] >= key.concurrent_requests:
-            raise TooManyAtOnce(key.concurrent_requests)
-        self._running[key.name] += 1
-
-    def _end(self, key: Key) -> None:
-        self._running[key.name] -= 1
-        if not self._running[key.name]:
-            del self._running[key.name]
-
-    async def _take_request(self, key: Key) -> None:
-        if key.requests_per_minute is not None:
-            self._note("requests", await self._rates.take_request(key.name, key.requests_per_minute))
+            await self._limits.leave(self._key, self._entry, self._charge, self.tokens)
 
     async def reserve(self, tokens: int) -> None:
         """Count the tokens it may take, at most. Raises RateExceeded."""
         if self._key is not None and self._key.tokens_per_minute is not None:
             limit = self._key.tokens_per_minute
-            standing, self._charge = await self._rates.take_tokens(self._key.name, limit, tokens)
+            standing, self._charge = await self._limits.take_tokens(self._key, limit, tokens)
             self._note("tokens", standing)
-
-    async def _settle(self) -> None:
-        if self._charge is not None and self.tokens is not None:
-            await self._rates.settle(self._charge, self.tokens)
 
     def _note(self, what: str, standing: Standing) -> None:
         limit, remaining, reset = _STANDING[what]
@@ -97,9 +74,8 @@ class Account:
 class Admission:
     """The limits of all keys and the queues of all tiers."""
 
-    def __init__(self, pools: Iterable[Pool]) -> None:
-        self._rates = Rates()
-        self._running: Counter[str] = Counter()
+    def __init__(self, pools: Iterable[Pool], limits: Limits) -> None:
+        self._limits = limits
         self._queues = {pool: _queue_of(pool) for pool in pools}
         self._tokenizers = {pool: _tokenizer_of(pool) for pool in self._queues}
         for pool in self._queues:
@@ -114,8 +90,9 @@ class Admission:
 
         Raises:
             TooManyAtOnce, RateExceeded: into the block; one of the key's limits is reached.
+            LimitsUnreachable, LimitsNotShared: into the block; the key has limits that nobody can count.
         """
-        return Account(key, self._rates, self._running, headers)
+        return Account(key, self._limits, headers)
 
     def place(self, key: Key | None, pool: Pool, places: int) -> Place:
         """Places in the tier's engines for one request, in turn; see `FairQueue.place`.

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
@@ -18,6 +19,7 @@ from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
 from server.intake import Intake
 from server.keys import Keys
+from server.limits import Limits, limits_of
 from server.metrics import NO_TIER, Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
@@ -61,16 +63,23 @@ class MethodNotAllowed(Refusal):
         return {"allow": self._allowed}
 
 
-def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Gateway":
+Scrape = Callable[[], Awaitable[bytes]]
+"""What /metrics answers, where this process is one of several and its own metrics are not all."""
+
+
+def build_app(
+    config: Config, fleet: Fleet, keys: Keys, metrics: Metrics, scrape: Scrape | None = None
+) -> "Gateway":
     """The gateway in front of ``fleet``."""
     routes = Routes(fleet.pools)
-    admission = Admission(fleet.pools)
+    limits = limits_of(config)
+    admission = Admission(fleet.pools, limits)
     standings = Standings(Certificates(config.certificates), config.budget_of)
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
         metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
-    limits = TimeLimits(
+    time_limits = TimeLimits(
         first_token=config.first_token_timeout_s,
         next_token=config.token_timeout_s,
         whole=config.request_timeout_s,
@@ -85,15 +94,16 @@ def build_app(config: Config, fleet: Fleet, keys: Keys, metrics: Metrics) -> "Ga
             metrics,
             body_limit=int(config.body_limit_mib * (1 << 20)),
             body_timeout_s=config.body_timeout_s,
-            limits=limits,
+            limits=time_limits,
         )
         for path in PATHS
     }
-    intake = Intake()
-    return Gateway(_other_routes(fleet, routes, standings, metrics, intake), endpoints, keys, metrics, intake)
+    intake, scrape = Intake(), scrape or metrics.scrape
+    other_routes = _other_routes(fleet, routes, standings, scrape, intake)
+    return Gateway(other_routes, endpoints, keys, metrics, limits, intake)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: Metrics, intake: Intake) -> FastAPI:
+def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Scrape, intake: Intake) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -108,7 +118,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, metrics: M
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, metrics, intake))
+    app.include_router(health_router(fleet, scrape, intake))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
@@ -124,13 +134,24 @@ class Gateway:
     """
 
     def __init__(
-        self, app: FastAPI, endpoints: dict[str, Endpoint], keys: Keys, metrics: Metrics, intake: Intake
+        self,
+        app: FastAPI,
+        endpoints: dict[str, Endpoint],
+        keys: Keys,
+        metrics: Metrics,
+        limits: Limits,
+        intake: Intake,
     ) -> None:
         self.intake = intake
         self._app = app
         self._endpoints = endpoints
         self._keys = keys
         self._metrics = metrics
+        self._limits = limits
+
+    async def close(self) -> None:
+        """Let go of what outlives requests: the way to where limits are counted."""
+        await self._limits.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

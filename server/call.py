@@ -5,6 +5,7 @@ One parse; every field that is not here is the engine's to judge, and keeps its 
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -62,6 +63,11 @@ class Call(msgspec.Struct):
     def choices(self) -> int:
         """How many answers are asked for, each a place in the engine."""
         return 1
+
+    @property
+    def beginning(self) -> Iterable[str]:
+        """How the prompt begins, piece by piece: what is the same through all of a conversation."""
+        return ()
 
     @property
     def form(self) -> str | None:

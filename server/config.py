@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +15,9 @@ from tiers.errors import ConfigError
 from tiers.recipe import find_recipe
 from tiers.source import Source
 from tiers.tier import Tier, TierKind
+
+REDIS_OPTIONS = frozenset({"db", "ssl_ca_certs"})
+"""That a URL of Redis may have; its client would take any of its own there."""
 
 
 class Config(Patience):
@@ -29,6 +33,17 @@ class Config(Patience):
     )
     keys: Path | None = Field(
         default=None, description="The API keys that `assay keys` writes; by default keys.json in home."
+    )
+    limits: str | None = Field(
+        default=None,
+        description="Where several gateways count the requests of keys together: redis://host:6379/0, rediss:// "
+        "with TLS (?ssl_ca_certs=FILE for a CA of one's own) or unix:///path; in the process itself if absent.",
+    )
+    limits_password: Path | None = Field(
+        default=None, description="The file with that Redis's password, which belongs into no config and no log."
+    )
+    workers: int = Field(
+        default=1, ge=1, le=64, description="Processes of `assay gateway` that answer on the one port."
     )
     backend: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where engines run; auto asks which build of vLLM is installed."
@@ -98,6 +113,27 @@ class Config(Patience):
     def _off_is_no_boolean(cls, word: object) -> object:
         return "off" if word is False else word  # as YAML reads a plain off
 
+    @field_validator("limits")
+    @classmethod
+    def _limits_are_in_redis(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            parts.port  # noqa: B018  # raises if it is none
+            options = parse_qs(parts.query, strict_parsing=bool(parts.query))
+        except ValueError:
+            raise ConfigError("limits: this is no URL; write redis://HOST:6379/0.") from None
+        if parts.password is not None or "password" in options:  # and none of the sentences here repeats it
+            raise ConfigError("limits: put the password into a file and name that by `limits_password`.")
+        has_place = parts.path if parts.scheme == "unix" else parts.hostname
+        if parts.scheme not in ("redis", "rediss", "unix") or not has_place or options.keys() - REDIS_OPTIONS:
+            raise ConfigError(
+                "limits: write redis://HOST:6379/0, rediss://HOST:6379/0 or unix:///PATH?db=0; the only options "
+                f"are {' and '.join(sorted(REDIS_OPTIONS))}."
+            )
+        return url
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         # Names of files too: they are compared as the least of file systems would.
@@ -153,6 +189,19 @@ class Config(Patience):
     def keys_file(self) -> Path:
         """Where API keys lie, as salted hashes."""
         return self.keys or self.home / "keys.json"
+
+    def read_limits_password(self) -> str | None:
+        """What `limits_password` holds.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        if self.limits_password is None:
+            return None
+        try:
+            return self.limits_password.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"limits_password: {self.limits_password} cannot be read: {error}.") from error
 
     @property
     def tiers(self) -> tuple[Tier, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
+from server.engines.affinity import NO_WORK, Burden, Work
 from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
@@ -61,6 +62,8 @@ class Errand:
     body: bytes
     request_id: str
     format: Format
+    work: Work = NO_WORK
+    """What it is to whichever engine takes it."""
 
 
 async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, metrics: Metrics) -> bytes | None:
@@ -73,7 +76,9 @@ async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, 
         Refusal: the tier is not ready, the engine refuses the request, or it broke; when the reply has already
             begun, the refusal is still to be sent, as an event.
     """
-    return await _at_one_of(pool, errand, reply, metrics, lambda replica: _at(replica, errand, reply, listener))
+    return await _at_one_of(
+        pool, errand, reply, metrics, lambda replica, burden: _at(replica, burden, errand, reply, listener)
+    )
 
 
 async def count_prompt(errand: Errand, pool: Pool, reply: Reply, metrics: Metrics) -> int:
@@ -82,17 +87,18 @@ async def count_prompt(errand: Errand, pool: Pool, reply: Reply, metrics: Metric
     Raises:
         Refusal: as `forward`.
     """
-    return await _at_one_of(pool, errand, reply, metrics, lambda replica: _count(replica, errand))
+    return await _at_one_of(pool, errand, reply, metrics, lambda replica, _: _count(replica, errand))
 
 
 async def _at_one_of(
-    pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica], Awaitable[T]]
+    pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica, Burden], Awaitable[T]]
 ) -> T:
     tried: list[Replica] = []
     while True:
-        replica = pool.pick(tried)
+        replica = pool.pick(errand.work, tried)
         try:
-            return await work(replica)
+            with replica.load.take(errand.work) as burden:
+                return await work(replica, burden)
         except (UpstreamBroke, BrokenOff, EngineBroke) as error:
             if errand.format.form and isinstance(error, AnswerGivenUp):
                 raise FormRefused(errand.format.form) from None
@@ -110,7 +116,7 @@ async def _at_one_of(
                 raise replica.unavailable() from error
 
 
-async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
+async def _at(replica: Replica, burden: Burden, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
     async with (
         replica.slot() as upstream,
         upstream.post(errand.path, errand.body, errand.request_id) as answer,
@@ -119,7 +125,7 @@ async def _at(replica: Replica, errand: Errand, reply: Reply, listener: Listener
             await _refuse_like(answer, replica, errand)
         if answer.content_type.startswith(b"text/event-stream"):
             try:
-                await _copy_events(answer, errand, replica, reply, listener)
+                await _copy_events(answer, errand, replica, burden, reply, listener)
             except UpstreamBroke:
                 if reply.body_began is None:
                     await _ask_briefly(upstream, errand, replica)
@@ -158,7 +164,7 @@ async def _count(replica: Replica, errand: Errand) -> int:
 
 
 async def _copy_events(
-    answer: Connection, errand: Errand, replica: Replica, reply: Reply, listener: Listener
+    answer: Connection, errand: Errand, replica: Replica, burden: Burden, reply: Reply, listener: Listener
 ) -> None:
     """Copy whole events only, so that what breaks off never leaves half of one."""
     events = errand.format.events()
@@ -178,6 +184,7 @@ async def _copy_events(
             listener.heard()
             replica.answered()
             if reply.status is None:
+                burden.has_read()
                 await reply.begin_events()
             await reply.send(passed)
         if events.failure is not None:

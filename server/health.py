@@ -1,5 +1,7 @@
 """/healthz, /readyz and /metrics: what an orchestrator and Prometheus ask."""
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -7,7 +9,6 @@ from pydantic import BaseModel
 
 from server.engines.fleet import Fleet
 from server.intake import Intake
-from server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
 """What needs no key: who asks it is an orchestrator, and it tells of no request."""
@@ -26,8 +27,8 @@ class Readiness(BaseModel):
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, metrics: Metrics, intake: Intake) -> APIRouter:
-    """The routes of a server's health."""
+def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]], intake: Intake) -> APIRouter:
+    """The routes of a server's health; ``exposition`` has what /metrics answers."""
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz")
@@ -47,6 +48,6 @@ def health_router(fleet: Fleet, metrics: Metrics, intake: Intake) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         """All series, in Prometheus' text format."""
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -70,6 +70,11 @@ class Key(BaseModel):
         """Whether its holder may call that tier."""
         return self.tiers is None or tier.kind in self.tiers or tier.name in self.tiers
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether its holder's requests are counted."""
+        return (self.requests_per_minute or self.tokens_per_minute or self.concurrent_requests) is not None
+
     def fits(self, secret: bytes) -> bool:
         """Whether that is the secret it was made with; takes as long for any other."""
         return hmac.compare_digest(_hash(secret, self.salt), self.hash)

@@ -33,25 +33,46 @@ class Server(uvicorn.Server):
         yield
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """The socket the gateway will answer on; taken first, so that a port in use is found before any work.
+
+    With ``shared`` it is one of several on a port that `reserved_port` holds.
 
     Raises:
         PortTaken: somebody has it, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = _bound(host, port, shared=shared, listens=True)
     notice_the_gone(listener)
+    return listener
+
+
+def reserved_port(host: str, port: int) -> socket.socket:
+    """Holds a port that several processes will listen on: a socket that accepts nobody.
+
+    Raises:
+        PortTaken: somebody has it, or the address is not this machine's.
+    """
+    reserved = _bound(host, port)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # only now: nobody was to be joined
+    return reserved
+
+
+def _bound(host: str, port: int, *, shared: bool = False, listens: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
-        listener.bind((host, port))
-        listener.listen(2048)  # at once: until then somebody else could bind it too
+        bound.bind((host, port))
+        if listens:  # at once: until then somebody else could bind it too
+            bound.listen(2048)
     except OSError as error:
-        listener.close()
+        bound.close()
         raise PortTaken(
             f"{host}:{port} cannot be had ({error.strerror}): stop what uses it or choose another by --port."
         ) from error
-    return listener
+    return bound
 
 
 def check_reach(listener: socket.socket, keys: Keys) -> None:

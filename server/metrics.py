@@ -107,7 +107,11 @@ class CertificateStatus(Protocol):
 
 
 class Metrics:
-    """The instruments of one gateway, in a registry of their own."""
+    """The instruments of one gateway, in a registry of their own.
+
+    `multiprocess_mode` says of each gauge what several processes on one port make of it: the sum of what each has
+    to itself; of what is true of a tier, that which is worth an alarm if only one of them sees it.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -131,6 +135,7 @@ class Metrics:
             "assay_requests_running",
             "Requests an engine works on now, or is woken for.",
             ["tier"],
+            multiprocess_mode="sum",
             registry=self.registry,
         )
         self.left = Counter(
@@ -155,7 +160,11 @@ class Metrics:
             registry=self.registry,
         )
         self.waiting = Gauge(
-            "assay_requests_waiting", "Requests in the tier's queue.", ["tier"], registry=self.registry
+            "assay_requests_waiting",
+            "Requests in the tier's queue.",
+            ["tier"],
+            multiprocess_mode="sum",
+            registry=self.registry,
         )
         self.refused = Counter(
             "assay_requests_refused",
@@ -191,30 +200,35 @@ class Metrics:
             "assay_tier_verified",
             "1 if the running engines were seen to compute what their checkpoint declares.",
             ["tier"],
+            multiprocess_mode="min",
             registry=self.registry,
         )
         self.certified = Gauge(
             "assay_tier_certified",
             "1 if a certificate says that the tier, as it runs now, is within its budget.",
             ["tier"],
+            multiprocess_mode="min",
             registry=self.registry,
         )
         self.kl = Gauge(
             "assay_tier_kl",
             "Mean KL divergence from the reference in the tier's certificate, nats per token; NaN without one.",
             ["tier", "phase"],
+            multiprocess_mode="max",
             registry=self.registry,
         )
         self.certificate_age = Gauge(
             "assay_certificate_age_seconds",
             "Since the tier's certificate was issued, whether it still holds or not; NaN without one.",
             ["tier"],
+            multiprocess_mode="max",
             registry=self.registry,
         )
         self.asleep = Gauge(
             "assay_tier_asleep",
             "1 while the tier's engines have given their GPU memory back.",
             ["tier"],
+            multiprocess_mode="max",
             registry=self.registry,
         )
         self.waking = Histogram(
@@ -224,17 +238,32 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.ready = Gauge("assay_tier_ready", "1 while the tier can answer.", ["tier"], registry=self.registry)
+        self.ready = Gauge(
+            "assay_tier_ready",
+            "1 while the tier can answer.",
+            ["tier"],
+            multiprocess_mode="min",
+            registry=self.registry,
+        )
         self.replicas = Gauge(
-            "assay_replicas", "Engines that serve the tier when all is well.", ["tier"], registry=self.registry
+            "assay_replicas",
+            "Engines that serve the tier when all is well.",
+            ["tier"],
+            multiprocess_mode="max",
+            registry=self.registry,
         )
         self.replicas_ready = Gauge(
-            "assay_replicas_ready", "Engines of the tier that can answer now.", ["tier"], registry=self.registry
+            "assay_replicas_ready",
+            "Engines of the tier that can answer now.",
+            ["tier"],
+            multiprocess_mode="min",
+            registry=self.registry,
         )
         self.replicas_drained = Gauge(
             "assay_replicas_drained",
             "Engines of the tier that an operator has out of service (`assay drain`): no cause for an alarm.",
             ["tier"],
+            multiprocess_mode="max",
             registry=self.registry,
         )
 
@@ -288,3 +317,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    async def scrape(self) -> bytes:
+        """The same, for a gateway that is one process."""
+        return self.exposition()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request
 from msgspec import UNSET
@@ -24,6 +24,7 @@ from server.answer import (
     whole_answer,
 )
 from server.call import Call, read_call
+from server.engines.affinity import Work, head_of
 from server.engines.pool import Pool
 from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
 from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
@@ -201,6 +202,8 @@ class Endpoint:
                 whole = await forward(errand, pool, reply, watch, self._metrics)
         else:
             await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
+            if len(pool.replicas) > 1:
+                errand = replace(errand, work=_work(call, pool, prompt_guess))
             try:
                 async with self._admission.place(key, pool, call.choices):
                     self._gate.check(pool, self._gate.standing(pool))  # it may have waited for another engine
@@ -210,6 +213,7 @@ class Endpoint:
                 account.tokens = answer_format.tokens
                 if usage := answer_format.usage:
                     self._metrics.of(pool.tier.name).used(usage)
+                    pool.answered(usage.answer)
         if whole is not None:
             await reply.whole(200, whole)  # the place is another's by now: this caller may read slowly
 
@@ -219,6 +223,12 @@ class Endpoint:
             return  # a token is a byte at the least, so that most prompts need not be counted
         if (tokens := await count_prompt(errand, pool, reply, self._metrics)) > most:
             raise PromptTooLong(pool.tier.name, tokens, most)
+
+
+def _work(call: Call, pool: Pool, prompt_guess: int) -> Work:
+    salt = call.cache_salt if isinstance(call.cache_salt, str) else ""
+    answers = call.choices * pool.expected_answer(call.output_tokens)
+    return Work(prompt_guess, answers, head_of(call.beginning, salt))
 
 
 def tier_headers(pool: Pool, verdict: Outcome) -> Headers:

@@ -4,6 +4,7 @@ More than of the other paths: vLLM 0.32 holds every item that it does not unders
 hundred kinds, and 12 kB of them take gigabytes. So no item passes that is not one of these.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -104,6 +105,7 @@ _ITEMS: dict[str, type[Message] | type[FunctionCall] | type[FunctionCallOutput] 
 
 class _Kind(msgspec.Struct):
     type: str = "message"
+    role: str = ""
 
 
 class FunctionTool(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,6 +122,7 @@ class ResponsesCall(Generation):
     """POST /v1/responses."""
 
     input: str | list[Raw] | None = None
+    instructions: str | UnsetType | None = UNSET
     tools: list[Raw] | None = None
     text: Raw = NULL
     include: Annotated[list[str], Meta(max_length=16)] | None = None
@@ -132,6 +135,15 @@ class ResponsesCall(Generation):
     truncation: Raw | UnsetType = UNSET
     tool_choice: Raw | UnsetType = UNSET
     service_tier: Raw | UnsetType = UNSET
+
+    @property
+    def beginning(self) -> Iterator[str]:
+        if isinstance(self.instructions, str):
+            yield self.instructions
+        for item in [self.input] if isinstance(self.input, str) else self.input or ():
+            yield item if isinstance(item, str) else bytes(item).decode()
+            if isinstance(item, Raw) and msgspec.json.decode(item, type=_Kind).role == "user":
+                return
 
     @property
     def output_tokens(self) -> int | None:

@@ -28,11 +28,13 @@ from server.engines.turns import Turns, share
 from server.intake import Intake
 from server.keys import Keys
 from server.launch.local import LocalLaunch
+from server.limits import check_limits
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
 from server.progress import Steps
 from tiers.engine import Backend, engine_command, installed_backend
+from tiers.errors import ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
 from tiers.plan import TierPlan
@@ -75,12 +77,18 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
     Raises:
         AssayError: one sentence of what is wrong; nothing is left running.
     """
+    if config.workers > 1:
+        raise ConfigError(
+            f"workers: `assay serve` is one process with its engines; for {config.workers} run the two halves, "
+            "`assay engine TIER` for each engine and `assay gateway` for them all."
+        )
     stop = Stop()
     stop.listen()
     keys = Keys(config.keys_file)
     config = _with_room(config)
     with listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
+        await check_limits(config)
         fleet_of = asyncio.create_task(_prepare(config, backend_of(config), steps, build=build, writes_down=True))
         if not await _unless_asked(stop, fleet_of):
             return
@@ -214,6 +222,7 @@ async def _run(
     spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
     async with AsyncExitStack() as ending:
+        ending.push_async_callback(app.close)
         ending.push_async_callback(_stop_gateway, server, gateway)
         ending.push_async_callback(fleet.stop)
         starting = asyncio.create_task(_start_engines(fleet.replicas, steps))

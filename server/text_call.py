@@ -1,5 +1,6 @@
 """What the gateway reads of a body of chat or text completions, or of /tokenize and /detokenize."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
@@ -87,6 +88,15 @@ class Message(msgspec.Struct):
     tool_calls: list[ToolCall] | None = None
 
 
+def _texts(message: Message) -> Iterator[str]:
+    content = message.content or ""
+    for part in [content] if isinstance(content, str) else content:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part.text, str):
+            yield part.text
+
+
 class ChatCall(TextGeneration):
     """POST /v1/chat/completions."""
 
@@ -95,6 +105,17 @@ class ChatCall(TextGeneration):
     tools: list[ChatTool] | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+
+    @property
+    def beginning(self) -> Iterator[str]:
+        # Tools stand before everything in Llama's format, and so does whatever the first user said after that.
+        for tool in self.tools or ():
+            yield tool.function.name
+        for message in self.messages or ():
+            yield message.role
+            yield from _texts(message)
+            if message.role == "user":
+                return
 
     @property
     def output_tokens(self) -> int | None:
@@ -131,6 +152,16 @@ class CompletionCall(TextGeneration):
         """A text or a list of token ids is one."""
         several = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
         return len(self.prompt) if several and self.prompt else 1
+
+    @property
+    def beginning(self) -> Iterator[str]:
+        first: str | list[int] | object = self.prompt
+        if isinstance(first, list) and first and not isinstance(first[0], int):
+            first = first[0]  # of several, which mostly begin alike
+        if isinstance(first, str):
+            yield first
+        for token in first if isinstance(first, list) else ():
+            yield str(token)
 
     @property
     def output_tokens(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
+from server.engines.affinity import NO_WORK, Work, choose
 from server.engines.replica import Replica
 from server.engines.service import Service, TierDrained
 from server.engines.state import State
@@ -18,6 +19,8 @@ _BEST_FIRST = (
 """By how soon an answer is to be had."""
 AN_ENGINE_S = 10
 """When to ask again where no engine is even known."""
+LATELY = 64
+"""Answers by which a tier's usual length is known."""
 
 
 class Pool:
@@ -41,6 +44,7 @@ class Pool:
         self.service = Service(tier.name, lambda: self.replicas)
         """What an operator has a say in."""
         self._max_num_seqs = max_num_seqs
+        self._mean_answer = 128.0
         metrics.declare(tier.name, self)
 
     def add(self, replica: Replica) -> None:
@@ -113,10 +117,10 @@ class Pool:
         known = [replica.verified for replica in self.replicas if replica.verified is not None]
         return min(known, key=lambda each: each.agrees, default=None)
 
-    def pick(self, tried: Collection[Replica] = ()) -> Replica:
-        """The replica with the fewest running requests, of those that can answer and were not tried.
+    def pick(self, work: Work = NO_WORK, tried: Collection[Replica] = ()) -> Replica:
+        """The replica that takes the work, of those that can answer and were not tried; see `affinity.choose`.
 
-        One that sleeps is woken only when those that are awake have all that they work on at once.
+        One that sleeps is woken, and one that has all it works on at once is asked, only when there is no other.
 
         Raises:
             Refusal: there is none; what `unavailable` says.
@@ -131,10 +135,18 @@ class Pool:
         if not able:
             raise self.unavailable()
 
-        def load(replica: Replica) -> tuple[bool, int]:
-            return replica.state is State.ASLEEP or replica.running >= self._max_num_seqs, replica.running
+        return choose([each for each in able if self._has_room(each)] or able, work)
 
-        return min(able, key=load)
+    def _has_room(self, replica: Replica) -> bool:
+        return replica.state is not State.ASLEEP and replica.running < self._max_num_seqs
+
+    def expected_answer(self, most: int | None) -> int:
+        """Tokens that an answer will take, about: as many as others lately, if the caller allows so many."""
+        return round(self._mean_answer) if most is None else min(most, round(self._mean_answer))
+
+    def answered(self, tokens: int) -> None:
+        """One took so many."""
+        self._mean_answer += (tokens - self._mean_answer) / LATELY
 
     def has_another(self, tried: Collection[Replica]) -> bool:
         """Whether one could answer that was not tried."""

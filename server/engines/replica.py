@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
+from server.engines.affinity import Load
 from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
 from server.engines.probation import Probation
@@ -65,6 +66,8 @@ class Replica:
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
         self.restarts = 0
+        self.load = Load(self.name)
+        """What it has to do: whoever sends a request counts it here."""
         self._launch = launch
         self._checkpoints = checkpoints
         self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")
@@ -124,6 +127,7 @@ class Replica:
         began = time.monotonic()
         self._due = began + self._last_start_s
         self._failed.clear()
+        self.load.forget()
         launched = await self._launch.begin(self.tier, self.log_file)
         self._engine = Engine.of(self.name, launched, self.manifest.digest, self._address_file)
         self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)

@@ -44,3 +44,9 @@ def test_the_bench_of_divergence_measures_time_and_memory() -> None:
     measured = run("bench-divergence", "")["cpu"]
     assert all(min(of["seconds"]["ours"]) > 0 for of in measured["times"].values())
     assert 0 < measured["peak_bytes"]["ours"] < measured["peak_bytes"]["log_softmax + kl_div"]
+
+
+def test_the_bench_of_routing_measures_both_choices() -> None:
+    rounds = run("bench-routing", "")["rounds"]
+    assert rounds.keys() == {"affinity", "round robin"}
+    assert all(one["first_s"] > 0 and 0 <= one["hits"] < 1 for way in rounds.values() for one in way)

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 import server.app
 import server.certificates
 from server.app import Gateway as App
-from server.app import build_app
+from server.app import Scrape, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engines.engine import Engine
@@ -53,9 +53,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class FakeEngineReplica(Replica):
     """A replica whose engine is a handler of the test."""
 
-    def connect(self, url: str) -> None:
+    def connect(self, url: str, key: str = "key") -> None:
         self.url = url
-        self._engine = Engine(self.tier.name, url, "key", None)
+        self._engine = Engine(self.tier.name, url, key, None)
         self.state = State.READY
 
     @property
@@ -264,7 +264,9 @@ class BuiltWhenAsked:
 
 
 @asynccontextmanager
-async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) -> AsyncIterator[Gateway]:
+async def running_gateway(
+    folder: Path, *, max_waiting: int = 4, scrape: Scrape | None = None, **fields: Any
+) -> AsyncIterator[Gateway]:
     """A gateway with these fields in its config, and an engine that does what the test says."""
     budget = Budget(**BUDGET["decode"])  # what the certificates of tests were judged by
     reference = {"max_waiting": max_waiting, "max_num_seqs": 2, "budget": budget} | fields.pop("tier", {})
@@ -278,7 +280,7 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
     fleet = Fleet([pool])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, fleet, Keys(config.keys_file), metrics)
+        app = build_app(config, fleet, Keys(config.keys_file), metrics, scrape)
     made = Gateway(app, replica, metrics, fleet=fleet)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -298,6 +300,7 @@ async def running_gateway(folder: Path, *, max_waiting: int = 4, **fields: Any) 
     host, port = runner.addresses[0][:2]
     replica.connect(f"http://{host}:{port}")
     yield made
+    await made.app.close()
     await replica.stop()
     await runner.cleanup()
 

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from server.app import build_app
 from server.commands.tables import tiers_table
@@ -20,7 +23,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.progress import Steps
 from server.serve import _prepare
-from tests.server.conftest import Gateway, fake_replica
+from tests.server.conftest import Gateway, Handler, fake_replica
 from tests.server.engines.test_turns import Bed, Memory
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
@@ -239,3 +242,53 @@ async def test_each_engine_has_its_own_gpus_and_takes_turns_with_whoever_shares_
         assert one.turns is other.turns is not None
     assert first.replicas[0].turns is not first.replicas[1].turns
     assert first.requests_at_once == 2 * 1024
+
+
+async def test_prompts_that_begin_alike_go_to_one_engine_and_leave_no_load_behind(three: Three) -> None:
+    taken: list[tuple[str, list[int]]] = []
+
+    async def engine(request: web.Request) -> web.Response:
+        loads = [replica.load.outstanding for replica in three.replicas]
+        taken.append((request.headers["authorization"], loads))
+        return web.json_response(COMPLETION)
+
+    async with engines(three, engine):
+        for topic in range(6):
+            for question in range(2):
+                body = {"model": "SmolLM2-135M-Instruct", "max_tokens": 10, "messages": [
+                    {"role": "system", "content": f"Topic {topic}. " * 200},
+                    {"role": "user", "content": f"question {question}"},
+                ]}  # fmt: skip
+                answer = await three.gateway.post(json.dumps(body).encode())
+                assert answer.status == 200, answer.body
+    by_topic = [(taken[2 * topic][0], taken[2 * topic + 1][0]) for topic in range(6)]
+    assert all(first == second for first, second in by_topic)
+    assert len({first for first, _ in by_topic}) > 1, "different heads are spread"
+    assert all(sorted(map(bool, loads)) == [False, False, True] for _, loads in taken), "counted while it runs"
+    assert [replica.load.outstanding for replica in three.replicas] == [0, 0, 0]
+
+
+COMPLETION = {
+    "id": "c", "object": "chat.completion", "created": 1, "model": "m",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 300, "completion_tokens": 3, "total_tokens": 303},
+}  # fmt: skip
+
+
+@asynccontextmanager
+async def engines(three: Three, handler: Handler) -> AsyncIterator[None]:
+    """Each replica has an engine of its own with this handler, told apart by its key."""
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(application, shutdown_timeout=0.01)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        for number, replica in enumerate(three.replicas):
+            replica.connect(f"http://127.0.0.1:{runner.addresses[0][1]}", key=f"engine-{number}")
+        yield
+    finally:
+        for replica in three.replicas:
+            await replica.stop()
+        await runner.cleanup()
