@@ -81,9 +81,9 @@ class Admission:
         for pool in self._queues:
             pool.service.follow(self._queues[pool], self._tokenizers[pool])
 
-    def waiting(self, pool: Pool) -> int:
-        """Requests in the tier's queue."""
-        return self._queues[pool].waiting
+    def queue(self, pool: Pool) -> FairQueue:
+        """The tier's queue for a place in its engines."""
+        return self._queues[pool]
 
     def account(self, key: Key | None, headers: Headers) -> Account:
         """One of the key's requests, within the block; how the key stands is added to ``headers``.

@@ -20,7 +20,8 @@ from server.health import OPEN_PATHS, health_router
 from server.intake import Intake
 from server.keys import Keys
 from server.limits import Limits, limits_of
-from server.metrics import NO_TIER, Metrics
+from server.meter import INTERNAL_ERROR, NO_TIER, code_of
+from server.metrics import Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
 from server.request_id import request_id_of
@@ -43,7 +44,7 @@ class UnknownRoute(Refusal):
 class InternalError(Refusal):
     """A mistake of the gateway itself."""
 
-    status, type, code = 500, "server_error", "internal_error"
+    status, type, code = 500, "server_error", INTERNAL_ERROR
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"The gateway made a mistake; its log tells more under {request_id}.")
@@ -77,7 +78,8 @@ def build_app(
     standings = Standings(Certificates(config.certificates), config.budget_of)
     gate = Gate(config.gate, standings)
     for pool in fleet.pools:
-        metrics.watch_queue(pool.tier.name, partial(admission.waiting, pool))
+        metrics.watch_gate(pool.tier.name, partial(gate.answers, pool))
+        metrics.watch_queue(pool.tier.name, admission.queue(pool))
         metrics.watch_certificate(pool.tier.name, partial(standings.of, pool))
     time_limits = TimeLimits(
         first_token=config.first_token_timeout_s,
@@ -99,11 +101,13 @@ def build_app(
         for path in PATHS
     }
     intake, scrape = Intake(), scrape or metrics.scrape
-    other_routes = _other_routes(fleet, routes, standings, scrape, intake)
+    other_routes = _other_routes(fleet, routes, standings, gate, scrape, intake)
     return Gateway(other_routes, endpoints, keys, metrics, limits, intake)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Scrape, intake: Intake) -> FastAPI:
+def _other_routes(
+    fleet: Fleet, routes: Routes, standings: Standings, gate: Gate, scrape: Scrape, intake: Intake
+) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -118,7 +122,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, scrape: Sc
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, scrape, intake))
+    app.include_router(health_router(fleet, gate, scrape, intake))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
@@ -165,7 +169,7 @@ class Gateway:
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
-            self._metrics.of(NO_TIER).refused(refusal.code)
+            self._metrics.of(NO_TIER).answered(str(refusal.status), code_of(refusal))
             await reply.refuse(refusal)
         except Exception:
             log.exception("request %s: a mistake of the gateway", request_id)

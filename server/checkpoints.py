@@ -4,7 +4,9 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 
 import psutil
 
@@ -21,12 +23,35 @@ from tiers.memory import weights_of
 from tiers.plan import shape_of
 from tiers.tier import Tier, TierKind
 
+POLL_S = 1.0
+
+
+class _Unwritable(CheckpointError):
+    """The folder of checkpoints is only to be read."""
+
 
 class Checkpoints:
     """The checkpoints under one ``home``."""
 
-    def __init__(self, config: Config, steps: Steps, *, may_build: bool = True, trusting: bool = True) -> None:
-        """``trusting`` takes a digest for granted as long as its file is untouched."""
+    def __init__(
+        self,
+        config: Config,
+        steps: Steps,
+        *,
+        may_build: bool = True,
+        trusting: bool = True,
+        waits_s: float = 0,
+    ) -> None:
+        """What is prepared, and how.
+
+        Args:
+            config: says where.
+            steps: shows what is done.
+            may_build: whether what is missing is built.
+            trusting: takes a digest for granted as long as its file is untouched.
+            waits_s: how long for another assay that prepares checkpoints in the same folder.
+        """
+        self._waits_s = waits_s
         self._config = config
         self._steps = steps
         self._may_build = may_build
@@ -44,9 +69,7 @@ class Checkpoints:
         """
         asked = {tier.name for tier in tiers}
         manifests: dict[str, Manifest] = {}
-        folder = self._config.checkpoints
-        occupied = CheckpointError(f"Another assay is preparing checkpoints in {folder}: wait for it.")
-        with alone(folder, occupied, CheckpointError):
+        async with self._alone():
             # A tier that is whole can be served without the reference it was once made from.
             for tier in _references_first(tiers) if self._may_build else tiers:
                 reference = manifests.get(tier.reference.name)
@@ -55,6 +78,39 @@ class Checkpoints:
                         tier, reference, step, rebuild=rebuild and tier.name in asked
                     )
         return manifests
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Have the folder to ourselves; to read from one that cannot be written there is no need."""
+        folder, until = self._config.checkpoints, time.monotonic() + self._waits_s
+        with ExitStack() as held:
+            while True:
+                occupied = CheckpointError(f"Another assay is preparing checkpoints in {folder}: wait for it.")
+                try:
+                    held.enter_context(alone(folder, occupied, _Unwritable))
+                except _Unwritable:
+                    if self._may_build or not folder.is_dir():
+                        raise
+                except CheckpointError:
+                    if time.monotonic() > until:
+                        raise
+                    await asyncio.sleep(POLL_S)
+                    continue
+                break
+            yield
+
+    def check_as_configured(self, tier: Tier, manifest: Manifest) -> None:
+        """Whether a checkpoint that is not ours to build is the one that the config names.
+
+        Raises:
+            CheckpointError: it is another.
+        """
+        _check_recipe(tier, manifest)
+        if not self._is_as_configured(tier, manifest, None):
+            raise CheckpointError(
+                f"{tier.name} is not served: checkpoint {manifest.short_digest}, which its engines run, was made "
+                "from another source, or by another recipe, than this config names: give both the same config."
+            )
 
     async def _ready(self, tier: Tier, reference: Manifest | None, step: Step, *, rebuild: bool) -> Manifest:
         """The tier's manifest, verified; built first if there is none, it is outdated, or ``rebuild`` asks."""
@@ -113,13 +169,7 @@ class Checkpoints:
             manifest = Manifest.read(tier.checkpoint)
         except OutdatedManifest:
             return None
-        # A folder has its recipe's name: another recipe in it was put there by hand.
-        if manifest.recipe != tier.recipe.name or manifest.precision.name != tier.kind.precision:
-            raise CheckpointError(
-                f"{tier.name} is not served: {tier.checkpoint} holds a {manifest.recipe} checkpoint "
-                f"({manifest.precision.name}) where {tier.recipe.name} belongs: put the right one back, or run "
-                "`assay build --rebuild` for this tier."
-            )
+        _check_recipe(tier, manifest)
         return manifest
 
     def _is_as_configured(self, tier: Tier, manifest: Manifest, reference: Manifest | None) -> bool:
@@ -175,6 +225,16 @@ class Checkpoints:
             raise BuildError(
                 f"Building {tier.name} failed ({process.last_line()[:200]}); the whole output is in {process.log}."
             )
+
+
+def _check_recipe(tier: Tier, manifest: Manifest) -> None:
+    """A folder has its recipe's name: another recipe in it was put there by hand."""
+    if manifest.recipe != tier.recipe.name or manifest.precision.name != tier.kind.precision:
+        raise CheckpointError(
+            f"{tier.name} is not served: {tier.checkpoint} holds a {manifest.recipe} checkpoint "
+            f"({manifest.precision.name}) where {tier.recipe.name} belongs: put the right one back, or run "
+            "`assay build --rebuild` for this tier."
+        )
 
 
 def _check_disk(tier: Tier) -> None:

@@ -1,4 +1,4 @@
-"""`assay serve | plan | build | verify | certify | operators | …`: an error is one sentence and an exit code."""
+"""`assay serve | gateway | engine | plan | build | …`: an error is one sentence and an exit code."""
 
 import asyncio
 import importlib.metadata
@@ -18,6 +18,8 @@ from server.commands.certificate import certificate_app
 from server.commands.certify import certify
 from server.commands.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
 from server.commands.drain import drain
+from server.commands.engine import engine
+from server.commands.gateway import gateway
 from server.commands.keys import keys_app
 from server.commands.operators import operators
 from server.commands.sensitivity import sensitivity
@@ -43,6 +45,8 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(certificate_app, name="certificate")
+app.command()(engine)
+app.command()(gateway)
 app.command()(certify)
 app.command()(drain)
 app.command()(operators)
@@ -136,7 +140,9 @@ def plan(
     if member:
         entry = ModelConfig(name=member.name, source=member.ids[0])
         settings = settings.model_copy(update={"models": (entry,)})
-    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers)
+    elif not settings.tiers_here:
+        raise ConfigError("Every tier of this config is of launch: url, and takes nothing of a machine here.")
+    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers_here)
     planned = alone(tiers, machine) if member else together(tiers, machine)
     if as_json:
         out.print_json(planned.model_dump_json())

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.engines.vitals import Patience
-from server.model_config import ModelConfig, embedded
+from server.model_config import ModelConfig, TierConfig, embedded
 from tiers.conformance.budget import PUBLISHED, Budget
 from tiers.errors import ConfigError
 from tiers.recipe import find_recipe
@@ -33,6 +33,11 @@ class Config(Patience):
     )
     keys: Path | None = Field(
         default=None, description="The API keys that `assay keys` writes; by default keys.json in home."
+    )
+    engine_key: Path | None = Field(
+        default=None,
+        description="A file with the key that `assay engine` and the gateways of `launch: url` share. "
+        "ASSAY_ENGINE_KEY overrides it.",
     )
     limits: str | None = Field(
         default=None,
@@ -164,8 +169,28 @@ class Config(Patience):
 
     def budget_of(self, tier: Tier) -> Budget:
         """How far a tier may be from the reference."""
+        return self.settings_of(tier).budget or PUBLISHED[tier.kind]
+
+    def settings_of(self, tier: Tier) -> TierConfig:
+        """What it says of that tier: the defaults of one that it does not name, as a reference may be."""
         mine = (model.tiers.get(tier.kind) for model in self.models if model.name == tier.model)
-        return next((each.budget for each in mine if each and each.budget), PUBLISHED[tier.kind])
+        return next((each for each in mine if each), TierConfig())
+
+    @property
+    def tiers_here(self) -> tuple[Tier, ...]:
+        """Those whose engines take of this machine's memory and GPUs."""
+        return tuple(tier for tier in self.tiers if self.settings_of(tier).launch == "local")
+
+    def all_here(self) -> "Config":
+        """The same with every tier's engines on this machine."""
+        here = {"launch": "local", "urls": ()}
+        models = [
+            model.model_copy(
+                update={"tiers": {kind: each.model_copy(update=here) for kind, each in model.tiers.items()}}
+            )
+            for model in self.models
+        ]
+        return self.model_copy(update={"models": tuple(models)})
 
     def reference_of(self, model: str | None) -> Tier:
         """The reference of one of the models, the first by default; it need not be served.

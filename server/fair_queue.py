@@ -49,6 +49,11 @@ class FairQueue:
         return self._waiting
 
     @property
+    def longest(self) -> int:
+        """As many may wait."""
+        return self._longest
+
+    @property
     def taken(self) -> int:
         """Places that are held, also by those who have not been told yet."""
         return self._taken

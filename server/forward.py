@@ -13,6 +13,7 @@ from server.engines.affinity import NO_WORK, Burden, Work
 from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.state import State
 from server.engines.upstream import Connection, Upstream, UpstreamBroke
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
@@ -110,7 +111,7 @@ async def _at_one_of(
                 raise EngineFailed(f"The engine of {pool.tier.name} broke off this answer.") from error
             if len(tried) < MOST_TRIES and pool.has_another(tried):
                 metrics.retries.labels(pool.tier.name).inc()
-            elif alive:
+            elif alive and replica.state is not State.DRAINING:
                 raise EngineFailed(f"The engine of {pool.tier.name} failed on this request.") from error
             else:
                 raise replica.unavailable() from error

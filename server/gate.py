@@ -22,6 +22,10 @@ class Gate:
         """How the tier stands now."""
         return self._standings.of(pool)
 
+    def answers(self, pool: Pool) -> bool:
+        """Whether a request to the tier would be answered now: an engine can, and this lets it."""
+        return pool.can_answer and (self._mode != "enforce" or self.standing(pool).has_passed)
+
     def check(self, pool: Pool, standing: Standing) -> None:
         """Decide on a request to a tier that stands so.
 

@@ -8,10 +8,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.gate import Gate
 from server.intake import Intake
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
 """What needs no key: who asks it is an orchestrator, and it tells of no request."""
+NOT_CERTIFIED = "not certified"
+"""The state of a tier that its gate refuses, and no engine's."""
 
 
 class Health(BaseModel):
@@ -27,7 +31,9 @@ class Readiness(BaseModel):
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]], intake: Intake) -> APIRouter:
+def health_router(
+    fleet: Fleet, gate: Gate, exposition: Callable[[], Awaitable[bytes]], intake: Intake
+) -> APIRouter:
     """The routes of a server's health; ``exposition`` has what /metrics answers."""
     router = APIRouter(tags=["health"])
 
@@ -38,11 +44,14 @@ def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]], inta
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Which tiers can answer; 503 until all can that are in service, and once the server stops."""
-        ready = fleet.is_ready and not intake.is_ending
+        """Which tiers answer; 503 until all do that are in service, and once the server stops."""
+        answer = {pool: gate.answers(pool) for pool in fleet.pools}
+        wanted = [pool for pool in fleet.pools if not pool.service.closed]
+        accepted = bool(wanted) and all(answer[pool] or pool.service.is_paused for pool in wanted)
+        ready = accepted and not intake.is_ending
         if not ready:
             response.status_code = 503
-        states = {pool.tier.name: pool.state.value for pool in fleet.pools}
+        states = {pool.tier.name: _state(pool, answers) for pool, answers in answer.items()}
         return Readiness(ready=ready, tiers=states)
 
     @router.get("/metrics", response_class=PlainTextResponse)
@@ -51,3 +60,8 @@ def health_router(fleet: Fleet, exposition: Callable[[], Awaitable[bytes]], inta
         return Response(await exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def _state(pool: Pool, answers: bool) -> str:
+    """How its engines are; of a tier whose engines could answer and are not let, why."""
+    return NOT_CERTIFIED if pool.can_answer and not answers else pool.state.value

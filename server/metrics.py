@@ -1,66 +1,28 @@
-"""What Prometheus scrapes. Labels are tiers and status codes of this server, never anything a caller sent."""
+"""What Prometheus scrapes: the instruments of one gateway. `server.series` says what each of them is."""
 
+import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from server.answer import Usage
+from server import series
+from server.errors import EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong, TierUnavailable
+from server.meter import CLIENT_CLOSED_REQUEST, CLIENT_LEFT, Meter
 from tiers.conformance.scores import PHASES, Phase
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-NO_TIER = "none"
-TOKEN_KINDS = ("prompt", "answer", "cached")
-
-
-class Meter:
-    """The instruments of one tier, found once and not at every request."""
-
-    def __init__(self, metrics: "Metrics", tier: str) -> None:
-        self._metrics = metrics
-        self._tier = tier
-        self._requests: dict[str, Counter] = {}
-        self._refused: dict[str, Counter] = {}
-
-    @cached_property
-    def first_byte(self) -> Histogram:
-        """Seconds until a good answer began."""
-        return self._metrics.first_byte.labels(self._tier)
-
-    @cached_property
-    def _duration(self) -> Histogram:
-        return self._metrics.duration.labels(self._tier)
-
-    @cached_property
-    def _tokens(self) -> tuple[Counter, Counter, Counter]:
-        prompt, answer, cached = (self._metrics.tokens.labels(self._tier, kind) for kind in TOKEN_KINDS)
-        return prompt, answer, cached
-
-    def answered(self, status: str, seconds: float) -> None:
-        """A request has ended so, after so long."""
-        counter = self._requests.get(status)
-        if counter is None:
-            counter = self._requests[status] = self._metrics.requests.labels(self._tier, status)
-        counter.inc()
-        self._duration.observe(seconds)
-
-    def refused(self, code: str | None) -> None:
-        """A request has ended with this error."""
-        code = code or "none"
-        counter = self._refused.get(code)
-        if counter is None:
-            counter = self._refused[code] = self._metrics.refused.labels(self._tier, code)
-        counter.inc()
-
-    def used(self, usage: Usage) -> None:
-        """An engine has counted so many tokens."""
-        prompt, answer, cached = self._tokens
-        prompt.inc(usage.prompt)
-        answer.inc(usage.answer)
-        cached.inc(usage.cached)
+_FAILURES = (EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong)
+EXPECTED = (
+    ("200", ""),
+    *(("200", kind.code) for kind in _FAILURES),
+    *((str(kind.status), kind.code) for kind in (*_FAILURES, TierUnavailable)),
+    (CLIENT_CLOSED_REQUEST, CLIENT_LEFT),
+)
+"""How requests end that the objectives in deploy/prometheus count: shown from the start, at 0."""
 
 
 class TierStatus(Protocol):
@@ -83,12 +45,36 @@ class TierStatus(Protocol):
         """Requests that they work on."""
 
     @property
+    def requests_at_once(self) -> int:
+        """As many as they work on together."""
+
+    @property
     def is_asleep(self) -> bool:
         """Whether one would have to wake first."""
 
     @property
     def is_verified(self) -> bool:
         """Whether they compute what is declared."""
+
+    @property
+    def engine_version(self) -> str | None:
+        """What they say they are."""
+
+
+class QueueStatus(Protocol):
+    """How full a tier's queue is."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a place."""
+
+    @property
+    def longest(self) -> int:
+        """As many may wait."""
+
+    @property
+    def taken(self) -> int:
+        """Places that are held."""
 
 
 class CertificateStatus(Protocol):
@@ -114,182 +100,60 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._meters: dict[str, Meter] = {}
-        self.requests = Counter("assay_requests", "Requests answered.", ["tier", "status"], registry=self.registry)
-        self.duration = Histogram(
-            "assay_request_duration_seconds",
-            "From the request's headers to the last byte of its answer.",
-            ["tier"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.first_byte = Histogram(
-            "assay_time_to_first_byte_seconds",
-            "From the request's headers to the first byte of a good answer's body: a stream's first token.",
-            ["tier"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.running = Gauge(
-            "assay_requests_running",
-            "Requests an engine works on now, or is woken for.",
-            ["tier"],
-            multiprocess_mode="sum",
-            registry=self.registry,
-        )
-        self.left = Counter(
-            "assay_clients_left", "Clients gone before their answer ended.", ["tier"], registry=self.registry
-        )
-        self.broken = Counter(
-            "assay_streams_broken",
-            "Streams that ended with an error event.",
-            ["tier"],
-            registry=self.registry,
-        )
-        self.retries = Counter(
-            "assay_retries",
-            "Requests sent to another replica of their tier, since the first broke before it had said anything.",
-            ["tier"],
-            registry=self.registry,
-        )
-        self.tokens = Counter(
-            "assay_tokens",
-            "Tokens that engines have counted; cached ones of a prompt are also among those of the prompt.",
-            ["tier", "kind"],
-            registry=self.registry,
-        )
-        self.waiting = Gauge(
-            "assay_requests_waiting",
-            "Requests in the tier's queue.",
-            ["tier"],
-            multiprocess_mode="sum",
-            registry=self.registry,
-        )
-        self.refused = Counter(
-            "assay_requests_refused",
-            "Requests that ended with an error, by its code.",
-            ["tier", "code"],
-            registry=self.registry,
-        )
-        self.connections_refused = Counter(
-            "assay_connections_refused",
-            "Connections ended with an error before there was a request.",
-            ["code"],
-            registry=self.registry,
-        )
-        self.restarts = Counter(
-            "assay_engine_restarts",
-            "Times an engine that had failed was started again.",
-            ["tier"],
-            registry=self.registry,
-        )
-        self.planned_restarts = Counter(
-            "assay_engine_planned_restarts",
-            "Times an engine was ended and started again because an operator asked for it (`assay drain`).",
-            ["tier"],
-            registry=self.registry,
-        )
-        self.ejections = Counter(
-            "assay_engine_ejections",
-            "Times an engine was taken out of service for a while because it erred at every request.",
-            ["tier"],
-            registry=self.registry,
-        )
-        self.verified = Gauge(
-            "assay_tier_verified",
-            "1 if the running engines were seen to compute what their checkpoint declares.",
-            ["tier"],
-            multiprocess_mode="min",
-            registry=self.registry,
-        )
-        self.certified = Gauge(
-            "assay_tier_certified",
-            "1 if a certificate says that the tier, as it runs now, is within its budget.",
-            ["tier"],
-            multiprocess_mode="min",
-            registry=self.registry,
-        )
-        self.kl = Gauge(
-            "assay_tier_kl",
-            "Mean KL divergence from the reference in the tier's certificate, nats per token; NaN without one.",
-            ["tier", "phase"],
-            multiprocess_mode="max",
-            registry=self.registry,
-        )
-        self.certificate_age = Gauge(
-            "assay_certificate_age_seconds",
-            "Since the tier's certificate was issued, whether it still holds or not; NaN without one.",
-            ["tier"],
-            multiprocess_mode="max",
-            registry=self.registry,
-        )
-        self.asleep = Gauge(
-            "assay_tier_asleep",
-            "1 while the tier's engines have given their GPU memory back.",
-            ["tier"],
-            multiprocess_mode="max",
-            registry=self.registry,
-        )
-        self.waking = Histogram(
-            "assay_wake_seconds",
-            "How long an engine took to wake for a request.",
-            ["tier"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.ready = Gauge(
-            "assay_tier_ready",
-            "1 while the tier can answer.",
-            ["tier"],
-            multiprocess_mode="min",
-            registry=self.registry,
-        )
-        self.replicas = Gauge(
-            "assay_replicas",
-            "Engines that serve the tier when all is well.",
-            ["tier"],
-            multiprocess_mode="max",
-            registry=self.registry,
-        )
-        self.replicas_ready = Gauge(
-            "assay_replicas_ready",
-            "Engines of the tier that can answer now.",
-            ["tier"],
-            multiprocess_mode="min",
-            registry=self.registry,
-        )
-        self.replicas_drained = Gauge(
-            "assay_replicas_drained",
-            "Engines of the tier that an operator has out of service (`assay drain`): no cause for an alarm.",
-            ["tier"],
-            multiprocess_mode="max",
-            registry=self.registry,
-        )
+        self._tiers: dict[str, TierStatus] = {}
+        self.requests = series.REQUESTS.make(registry)
+        self.duration = series.DURATION.make(registry)
+        self.first_token = series.FIRST_TOKEN.make(registry)
+        self.per_token = series.PER_TOKEN.make(registry)
+        self.tokens = series.TOKENS.make(registry)
+        self.cached = series.CACHED.make(registry)
+        self.waiting = series.WAITING.make(registry)
+        self.waiting_limit = series.WAITING_LIMIT.make(registry)
+        self.slots = series.SLOTS.make(registry)
+        self.slots_taken = series.SLOTS_TAKEN.make(registry)
+        self.running = series.RUNNING.make(registry)
+        self.left = series.LEFT.make(registry)
+        self.broken = series.BROKEN.make(registry)
+        self.retries = series.RETRIES.make(registry)
+        self.connections_refused = series.CONNECTIONS_REFUSED.make(registry)
+        self.ready = series.READY.make(registry)
+        self.replicas = series.REPLICAS.make(registry)
+        self.replicas_ready = series.REPLICAS_READY.make(registry)
+        self.replicas_drained = series.REPLICAS_DRAINED.make(registry)
+        self.restarts = series.RESTARTS.make(registry)
+        self.planned_restarts = series.PLANNED_RESTARTS.make(registry)
+        self.ejections = series.EJECTIONS.make(registry)
+        self.asleep = series.ASLEEP.make(registry)
+        self.waking = series.WAKING.make(registry)
+        self.verified = series.VERIFIED.make(registry)
+        self.certified = series.CERTIFIED.make(registry)
+        self.certificate_age = series.CERTIFICATE_AGE.make(registry)
+        self.kl = series.KL.make(registry)
+        registry.register(_Build(self._tiers))
 
     def declare(self, tier: str, status: TierStatus) -> None:
         """Show a tier's series from the start, so that a rate over its first event is right.
 
         What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
         """
+        self._tiers[tier] = status
         for counter in (
-            self.left,
-            self.broken,
-            self.restarts,
-            self.planned_restarts,
-            self.ejections,
-            self.retries,
+            *(self.left, self.broken, self.restarts, self.planned_restarts, self.ejections),
+            *(self.retries, self.cached),
         ):
             counter.labels(tier)
+        for status_code, code in EXPECTED:
+            self.requests.labels(tier, status_code, code)
         self.running.labels(tier).set_function(lambda: status.running)
+        self.slots.labels(tier).set_function(lambda: status.requests_at_once)
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
         self.replicas.labels(tier).set_function(lambda: len(status.replicas))
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)
         self.replicas_drained.labels(tier).set_function(lambda: status.drained)
         self.verified.labels(tier).set_function(lambda: status.is_verified)
         self.asleep.labels(tier).set_function(lambda: status.is_asleep)
-        for kind in TOKEN_KINDS:
-            self.tokens.labels(tier, kind)
 
     def of(self, tier: str) -> Meter:
         """The instruments of one tier, or of `NO_TIER`."""
@@ -298,9 +162,15 @@ class Metrics:
             meter = self._meters[tier] = Meter(self, tier)
         return meter
 
-    def watch_queue(self, tier: str, waiting: Callable[[], int]) -> None:
-        """Ask how many requests wait whenever it is scraped."""
-        self.waiting.labels(tier).set_function(waiting)
+    def watch_gate(self, tier: str, answers: Callable[[], bool]) -> None:
+        """Ask whether the tier answers whenever it is scraped; with engines alone it need not."""
+        self.ready.labels(tier).set_function(answers)
+
+    def watch_queue(self, tier: str, queue: QueueStatus) -> None:
+        """Ask how full it is whenever it is scraped."""
+        self.waiting.labels(tier).set_function(lambda: queue.waiting)
+        self.waiting_limit.labels(tier).set_function(lambda: queue.longest)
+        self.slots_taken.labels(tier).set_function(lambda: queue.taken)
 
     def watch_certificate(self, tier: str, standing: Callable[[], CertificateStatus]) -> None:
         """Ask how the tier stands whenever it is scraped."""
@@ -321,3 +191,18 @@ class Metrics:
     async def scrape(self) -> bytes:
         """The same, for a gateway that is one process."""
         return self.exposition()
+
+
+class _Build(Collector):
+    """Which versions run: the engines say theirs when they have started, and a gateway may have no vLLM itself."""
+
+    def __init__(self, tiers: dict[str, TierStatus]) -> None:
+        self._tiers = tiers
+        self._version = importlib.metadata.version("assay")
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One for each version of an engine; mostly it is one."""
+        build = GaugeMetricFamily(series.BUILD.name, series.BUILD.says, labels=series.BUILD.labels)
+        for vllm in sorted({status.engine_version or "" for status in self._tiers.values()}):
+            build.add_metric((self._version, vllm), 1)
+        yield build

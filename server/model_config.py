@@ -1,8 +1,9 @@
 """What a config says of one model and of each of its tiers."""
 
-from typing import Self
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tiers.conformance.budget import Budget
 from tiers.errors import ConfigError
@@ -10,9 +11,21 @@ from tiers.recipe import find_recipe
 from tiers.source import EMBEDDED_MODEL, EMBEDDED_PACKAGE, Source
 from tiers.tier import Resources, TierKind
 
+LaunchName = Literal["local", "url"]
+
 
 class TierConfig(Resources):
-    """One tier: what it is made by, and what its engine may use."""
+    """One tier: what it is made by, what its engine may use, and how that comes to life."""
+
+    launch: LaunchName = Field(
+        default="local",
+        description="local starts its engines here; url finds them at `urls`, where `assay engine` runs them.",
+    )
+    urls: tuple[str, ...] = Field(
+        default=(),
+        description="Where its engines answer, such as http://turbo:8100, with `launch: url`. Every address that "
+        "a name resolves to is a replica of its own, followed while the server runs.",
+    )
 
     recipe: str | None = Field(
         default=None, description="How its weights are made; by default bf16, fp8-dynamic and w4a16-gptq."
@@ -20,6 +33,42 @@ class TierConfig(Resources):
     budget: Budget | None = Field(
         default=None, description="How far it may be from the reference; by default what Llama 3.1 is held to."
     )
+
+    @field_validator("urls")
+    @classmethod
+    def _urls_name_hosts(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if (problem := _problem_of(url)) is not None:
+                raise ValueError(f"{url!r} {problem}; write it as http://host:port")
+        if len(set(urls)) != len(urls):
+            raise ValueError("a URL is given twice")
+        return tuple(url.rstrip("/") for url in urls)
+
+    @model_validator(mode="after")
+    def _urls_are_of_engines_elsewhere(self) -> Self:
+        if self.launch == "url" and not self.urls:
+            raise ValueError("launch: url needs urls, where its engines answer")
+        if self.launch != "url" and self.urls:
+            raise ValueError("urls are for launch: url")
+        if self.launch == "url" and self.idle == "sleep":
+            raise ValueError("idle: sleep is for engines that this server starts itself, and not for launch: url")
+        return self
+
+
+def _problem_of(url: str) -> str | None:
+    """Why nothing can be asked there; None if something can."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "is no URL"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "is no http or https URL with a host"
+    if port is None:
+        return "has no port"
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+        return "has more than a host and a port"
+    return None
 
 
 def _all_tiers() -> dict[TierKind, TierConfig]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,15 +30,14 @@ from server.exchange import ClientLeft, Headers, Receive, Reply, read_body
 from server.forward import Errand, count_prompt, forward
 from server.gate import Gate
 from server.keys import Key
-from server.metrics import NO_TIER, Metrics
+from server.meter import Course
+from server.metrics import Metrics
 from server.responses_call import ResponsesCall
 from server.routing import Routes
 from server.standing import OUTCOMES, Outcome, Standings
 from server.text_call import ChatCall, CompletionCall, DetokenizeCall, TokenizeCall
 from server.watch import TimeLimits, Watch
 
-CLIENT_CLOSED_REQUEST = "499"
-"""Nobody gets this status; it is how the metrics tell callers who left, after nginx's custom."""
 LAST_WORD_S = 10.0
 """For an error to reach a caller who reads slowly."""
 BYTES_PER_TOKEN = 4
@@ -59,6 +57,8 @@ class Path:
     clean: Callable[[Fields], None]
     events: Callable[[Call], Events] | None = None
     """None where nothing is generated: such requests take no place in the engine's batch."""
+    operation: str | None = None
+    """What OpenTelemetry's conventions call it; None likewise."""
 
 
 def _text_events(call: Call) -> Events:
@@ -66,9 +66,9 @@ def _text_events(call: Call) -> Events:
 
 
 PATHS = (
-    Path("/v1/chat/completions", ChatCall, clean_completion, _text_events),
-    Path("/v1/completions", CompletionCall, clean_completion, _text_events),
-    Path("/v1/responses", ResponsesCall, clean_response, lambda _: ResponseEvents()),
+    Path("/v1/chat/completions", ChatCall, clean_completion, _text_events, "chat"),
+    Path("/v1/completions", CompletionCall, clean_completion, _text_events, "text_completion"),
+    Path("/v1/responses", ResponsesCall, clean_response, lambda _: ResponseEvents(), "chat"),
     Path("/tokenize", TokenizeCall, clean_nothing),
     Path("/detokenize", DetokenizeCall, clean_nothing),
 )
@@ -148,38 +148,34 @@ class Endpoint:
     async def __call__(self, headers: Headers, receive: Receive, reply: Reply, key: Key | None) -> None:
         """Answer one POST, or refuse it."""
         began = reply.request_began
-        tier, status = NO_TIER, None
+        course = Course(self._metrics, self._path.operation, reply)
         try:
             async with self._admission.account(key, reply.headers) as account:
                 body = await read_body(headers, receive, self._body_limit, self._body_timeout_s)
                 call = read_call(body, self._path.kind)
                 call.check()
                 pool = self._routes.resolve(call.model)
-                tier = pool.tier.name
+                course.tier, course.streams, course.choices = pool.tier.name, call.streams, call.choices
                 self._hold_to_tier(call, pool, key)
                 standing = self._gate.standing(pool)
                 reply.headers += self._tier_headers[pool, standing.verdict]
                 self._gate.check(pool, standing)
                 try:
                     with Watch(reply, self._limits, began, streams=call.streams) as watch:
-                        await self._answer(call, body, pool, reply, watch, account, key)
+                        await self._answer(call, body, pool, reply, watch, account, key, course)
                 except Refusal:
                     if reply.body_began is None:
                         account.tokens = 0  # it got nothing
                     raise
         except Refusal as refusal:
-            self._metrics.of(tier).refused(refusal.code)
+            course.refused(refusal)
             with contextlib.suppress(TimeoutError):  # of a caller who does not read even this
                 async with asyncio.timeout(LAST_WORD_S):
                     await reply.refuse(refusal)
         except ClientLeft:
-            status = CLIENT_CLOSED_REQUEST
-            self._metrics.left.labels(tier).inc()
+            course.left()
         finally:
-            meter = self._metrics.of(tier)
-            meter.answered(status or str(reply.status or 500), time.monotonic() - began)
-            if reply.status == 200 and reply.body_began is not None:
-                meter.first_byte.observe(reply.body_began - began)
+            course.tell()
 
     def _hold_to_tier(self, call: Call, pool: Pool, key: Key | None) -> None:
         if key is not None and not key.may_use(pool.tier):
@@ -191,7 +187,15 @@ class Endpoint:
             raise OutputTooLong(pool.tier.name, call.output_field, call.output_tokens or 0, most)
 
     async def _answer(
-        self, call: Call, body: bytes, pool: Pool, reply: Reply, watch: Watch, account: Account, key: Key | None
+        self,
+        call: Call,
+        body: bytes,
+        pool: Pool,
+        reply: Reply,
+        watch: Watch,
+        account: Account,
+        key: Key | None,
+        course: Course,
     ) -> None:
         prompt_guess = len(body) // BYTES_PER_TOKEN
         answer_format = _Format(self._path, call, prompt_guess)
@@ -211,9 +215,9 @@ class Endpoint:
                     whole = await forward(errand, pool, reply, watch, self._metrics)
             finally:
                 account.tokens = answer_format.tokens
-                if usage := answer_format.usage:
-                    self._metrics.of(pool.tier.name).used(usage)
-                    pool.answered(usage.answer)
+                course.usage = answer_format.usage
+                if course.usage:
+                    pool.answered(course.usage.answer)
         if whole is not None:
             await reply.whole(200, whole)  # the place is another's by now: this caller may read slowly
 

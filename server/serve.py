@@ -1,4 +1,4 @@
-"""`assay serve`: from a `Config` to a gateway that answers, and back to nothing.
+"""`assay serve` and `assay gateway`: from a `Config` to a gateway that answers, and back to nothing.
 
 The order is the promise: whatever can be found wrong is found before an engine is started, and whatever was
 started is ended before this returns.
@@ -8,76 +8,74 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
-from server.app import build_app
+from server.app import Scrape, build_app
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
 from server.control import listening_for_operators
+from server.elsewhere import Elsewhere
+from server.engine_key import VARIABLE, engine_key
 from server.engines.drains import Drains
-from server.engines.engine import PrecisionRefused
+from server.engines.failures import PrecisionRefused
 from server.engines.fleet import Fleet
-from server.engines.pool import Pool
+from server.engines.following import Following
 from server.engines.replica import Replica
-from server.engines.signs import first_of
-from server.engines.turns import Turns, share
 from server.intake import Intake
 from server.keys import Keys
-from server.launch.local import LocalLaunch
+from server.layout import Layout
 from server.limits import check_limits
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
 from server.progress import Steps
+from server.stop import Stop
+from server.worker import Worker
 from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
-from tiers.plan import TierPlan
 from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
 
+FIND_S = 20.0
+"""Time for an engine that runs to be read and warmed up."""
+POLL_S = 0.1
 COLLECT_AFTER = (20_000, 20, 50)
 """Objects, and rounds of the generation before: Python's own numbers are for programs with less to do."""
-
-
-class Stop:
-    """What a person or an orchestrator has asked for: nothing yet, a drained stop, or one at once."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.at_once = asyncio.Event()
-
-    def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGHUP; a second one means at once."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_IGN:
-                continue  # as nohup sets it
-            loop.add_signal_handler(number, self._ask)
-
-    def _ask(self) -> None:
-        if self.asked.is_set():
-            self.at_once.set()
-        self.asked.set()
 
 
 Announce = Callable[[Fleet, str, Keys], None]
 """Told once, when every tier can answer: what is served, on which URL, and to whom."""
 
 
-async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool) -> None:
-    """Serve until asked to stop.
+def check_gateway(config: Config) -> None:
+    """Whether this config can be served without starting an engine here.
+
+    Raises:
+        ConfigError: a tier is to be started here.
+    """
+    if config.tiers_here:
+        raise ConfigError(
+            f"{config.tiers_here[0].name} is of launch: local, and `assay gateway` starts no engine: give it "
+            "`launch: url` and `urls:`, where `assay engine` runs it, or use `assay serve`."
+        )
+
+
+async def serve(
+    config: Config, steps: Steps, announce: Announce, *, build: bool, worker: Worker | None = None
+) -> None:
+    """Serve until asked to stop; as one of several processes on one port, if there is a ``worker``.
 
     Raises:
         AssayError: one sentence of what is wrong; nothing is left running.
     """
-    if config.workers > 1:
+    if config.workers > 1 and worker is None:
         raise ConfigError(
             f"workers: `assay serve` is one process with its engines; for {config.workers} run the two halves, "
             "`assay engine TIER` for each engine and `assay gateway` for them all."
@@ -86,14 +84,16 @@ async def serve(config: Config, steps: Steps, announce: Announce, *, build: bool
     stop.listen()
     keys = Keys(config.keys_file)
     config = _with_room(config)
-    with listening_socket(config.host, config.port) as listener:
+    with worker.listen() if worker else listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
         await check_limits(config)
-        fleet_of = asyncio.create_task(_prepare(config, backend_of(config), steps, build=build, writes_down=True))
-        if not await _unless_asked(stop, fleet_of):
+        fleet_of = asyncio.create_task(_prepare(config, None, steps, build=build, writes_down=True))
+        if not await stop.unless_asked(fleet_of):
             return
         fleet, metrics = fleet_of.result()
-        await _run(config, fleet, metrics, keys, listener, stop, steps, announce)
+        async with worker.telling(metrics) if worker else nullcontext():
+            scrape = worker.scrape if worker else None
+            await _run(config, fleet, metrics, keys, listener, stop, steps, announce, scrape)
 
 
 def _with_room(config: Config) -> Config:
@@ -119,8 +119,12 @@ async def running_engines(
     Raises:
         AssayError: into the block; nothing is left running.
     """
-    fleet, _ = await _prepare(config, backend_of(config), steps, build=build, takes_faults=takes_faults)
+    if takes_faults:
+        config = config.all_here()  # nobody else's engines are there to be broken
+    fleet, _ = await _prepare(config, None, steps, build=build, takes_faults=takes_faults)
     try:
+        for following in fleet.followings:
+            await following.find()
         await _start_engines(fleet.replicas, steps)
         yield fleet
     finally:
@@ -134,76 +138,48 @@ def backend_of(config: Config) -> Backend:
 
 async def _prepare(
     config: Config,
-    backend: Backend,
+    backend: Backend | None,
     steps: Steps,
     *,
     build: bool,
     takes_faults: bool = False,
     writes_down: bool = False,
 ) -> tuple[Fleet, Metrics]:
-    """Check everything, build what is missing, and lay out the replicas; no engine is started."""
-    tiers = config.tiers
-    for tier in tiers:
-        engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-    place(tiers, Machine.here(backend))  # before hours of building
+    """Check everything, build what is missing, and lay out the replicas; no engine is started.
+
+    ``backend`` is where engines run that are started here, by default where the config says.
+    """
+    placed = config.tiers_here
+    followed = [tier for tier in config.tiers if config.settings_of(tier).launch == "url"]
+    if placed:
+        backend = backend or backend_of(config)
+        for tier in placed:
+            engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
+        place(placed, Machine.here(backend))  # before hours of building
     checkpoints = Checkpoints(config, steps, may_build=build)
-    manifests = await checkpoints.prepare(tiers)
+    key = _key(config, followed)
+    manifests = await checkpoints.prepare(placed) if placed else {}
+    described = await Elsewhere(config, checkpoints, steps, key).describe(followed) if followed else {}
     metrics = Metrics()
-    plans = place(tiers, Machine.here(backend))
-    engines = [engine for plan in plans for engine in plan.tier.engines()]
-    turns = _turns(engines, config.idle_after_s)
-    locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
+    layout = Layout(config, metrics, checkpoints, takes_faults=takes_faults, writes_down=writes_down)
+    pools = layout.started(place(placed, Machine.here(backend)), manifests, backend) if placed and backend else []
+    followings = [layout.followed(*described[tier.name], key) for tier in followed]
+    every = {pool.tier.name: pool for pool in (*pools, *(following.pool for following in followings))}
+    in_order = [every[tier.name] for tier in config.tiers]
+    return Fleet(in_order, followings, leave_within_s=config.request_timeout_s), metrics
 
-    launch = LocalLaunch(backend, takes_faults=takes_faults)
 
-    def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
-        return Replica(
-            engine,
-            manifests[plan.name],
-            plan.context_length,
-            number=number,
-            of=plan.replicas,
-            launch=launch,
-            checkpoints=checkpoints,
-            logs=config.logs,
-            metrics=metrics,
-            start_timeout_s=config.start_timeout_s,
-            start_locks=_start_locks(engine, backend, locks),
-            turns=turns.get((engine.name, engine.resources.gpus)),
-            patience=config,
-            takes_faults=takes_faults,
-            address_file=config.address_of(engine) if writes_down and number == 1 else None,
+def _key(config: Config, followed: Sequence[Tier]) -> str:
+    """What engines elsewhere are shown; empty where there are none."""
+    if not followed:
+        return ""
+    key = engine_key(config.engine_key)
+    if key is None:
+        raise ConfigError(
+            f"{followed[0].name} is of launch: url, and there is no key to show to its engines: set engine_key in "
+            f"the config, or {VARIABLE}, to the one that they were started with."
         )
-
-    pools = [
-        Pool(
-            plan.tier,
-            manifests[plan.name],
-            plan.context_length,
-            [replica(plan, number, engine) for number, engine in enumerate(plan.tier.engines(), 1)],
-            metrics,
-            max_num_seqs=plan.max_num_seqs,
-        )
-        for plan in plans
-    ]
-    return Fleet(pools), metrics
-
-
-def _turns(engines: Sequence[Tier], idle_after_s: float) -> dict[tuple[str, tuple[int, ...]], Turns]:
-    """For those that sleep, by name and GPUs: engines that share a GPU, also through others, take turns."""
-    sleepers = [engine for engine in engines if engine.resources.idle == "sleep"]
-    groups = share([frozenset(engine.resources.gpus) for engine in sleepers])
-    made = {group: Turns(idle_after_s) for group in set(groups)}
-    return {
-        (engine.name, engine.resources.gpus): made[group] for engine, group in zip(sleepers, groups, strict=True)
-    }
-
-
-def _start_locks(tier: Tier, backend: Backend, locks: dict[int, asyncio.Lock]) -> tuple[asyncio.Lock, ...]:
-    """An engine measures free GPU memory while it starts: those that share a GPU take turns."""
-    if backend == "cpu":
-        return ()
-    return tuple(locks[gpu] for gpu in sorted(tier.resources.gpus))
+    return key
 
 
 async def _run(
@@ -215,9 +191,10 @@ async def _run(
     stop: Stop,
     steps: Steps,
     announce: Announce,
+    scrape: Scrape | None = None,
 ) -> None:
     """Answer from the first moment (503 until a tier is ready), start the engines, serve until asked to stop."""
-    app = build_app(config, fleet, keys, metrics)
+    app = build_app(config, fleet, keys, metrics, scrape)
     server = http_server(app, config, metrics)
     spare_the_collector()
     gateway = asyncio.create_task(server.serve([listener]))
@@ -225,12 +202,13 @@ async def _run(
         ending.push_async_callback(app.close)
         ending.push_async_callback(_stop_gateway, server, gateway)
         ending.push_async_callback(fleet.stop)
-        starting = asyncio.create_task(_start_engines(fleet.replicas, steps))
-        if not await _unless_asked(stop, starting):
+        starting = asyncio.create_task(_start_all(fleet, steps))
+        if not await stop.unless_asked(starting):
             return
         fleet.watch()
         drains = Drains(fleet, config.drain_timeout_s)
-        await ending.enter_async_context(listening_for_operators(config, drains))
+        if config.tiers_here:
+            await ending.enter_async_context(listening_for_operators(config, drains))
         announce(fleet, url_of(listener), keys)
         certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
         ending.push_async_callback(_cancel, certifying)
@@ -250,6 +228,32 @@ def spare_the_collector() -> None:
     gc.set_threshold(*COLLECT_AFTER)
 
 
+async def _start_all(fleet: Fleet, steps: Steps) -> None:
+    """Start our own engines, and find those that somebody else runs; of these, none is waited for for long."""
+    own = fleet.replicas
+    fleet.follow()
+    finding = [asyncio.create_task(_find(each, steps)) for each in fleet.followings]
+    try:
+        await _start_engines(own, steps)
+        await asyncio.gather(*finding)
+    finally:
+        for each in finding:
+            each.cancel()
+        await asyncio.gather(*finding, return_exceptions=True)
+
+
+async def _find(following: Following, steps: Steps) -> None:
+    """Wait for the tier's first engine, for as long as one takes that is there."""
+    tier = following.pool.tier.name
+    where = " and ".join(following.urls)
+    until = time.monotonic() + FIND_S
+    with steps.step(f"Engines of {tier} at {where}"):
+        while not following.pool.can_answer and time.monotonic() < until:
+            await asyncio.sleep(POLL_S)
+    if not following.pool.can_answer:
+        log.warning("%s: no engine is ready at %s yet; until one is, requests get 503", tier, where)
+
+
 async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
     """Start all at once. A tier that is refused stays out, and the others are served; none is no server."""
 
@@ -265,7 +269,7 @@ async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
     starts = [asyncio.create_task(start(replica)) for replica in replicas]
     try:
         refusals = await asyncio.gather(*starts)
-        if all(refusals) and refusals[0] is not None:
+        if refusals and all(refusals) and refusals[0] is not None:
             raise refusals[0]
     finally:
         for each in starts:
@@ -291,7 +295,7 @@ async def _drain(config: Config, intake: Intake, drains: Drains, stop: Stop) -> 
                 await intake.until_empty()
 
     drains.give_up()
-    await first_of([until_empty(), stop.at_once.wait()])
+    await stop.unless_at_once(asyncio.create_task(until_empty()))
     intake.close()
     if intake.under_way:
         log.warning("stopping: %d requests are broken off", intake.under_way)
@@ -309,16 +313,3 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     """End what runs beside the server."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def _unless_asked(stop: Stop, work: asyncio.Task[object] | asyncio.Task[None]) -> bool:
-    """Wait for ``work``; if a stop is asked for first, cancel it and return False."""
-    asked = asyncio.create_task(stop.asked.wait())
-    await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if work.done():
-        work.result()
-        return True
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
-    return False

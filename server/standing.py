@@ -143,7 +143,7 @@ def _binding(engine: Replica, budget: Budget) -> Binding:
         checkpoint=engine.manifest.digest,
         vllm=engine.engine_version or "of an unknown version",
         verified=engine.verified,
-        device_class=device_class(engine.verified.device),
+        device_class=engine.device_class or device_class(engine.verified.device),
         chat_template=Origin.of(engine.manifest).template,
         budget=budget.limits,
     )

@@ -10,12 +10,14 @@ from typing import Literal
 
 from tiers.errors import ConfigError
 from tiers.hardware import GIB
-from tiers.probe.reading import MAY_PLANT
+from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
+from tiers.probe.reading import CHECKPOINT, MAY_PLANT
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
 Option = str | int | float | bool
 
+LOOPBACK = "127.0.0.1"
 DEFAULT_CPU_KV_CACHE_GIB = 1.0
 PLUGIN = "assay"
 """The entry point of the group vllm.general_plugins in pyproject.toml; no other plugin is loaded."""
@@ -67,15 +69,24 @@ def installed_backend() -> Backend:
 
 
 def engine_command(
-    tier: Tier, backend: Backend, port: int, api_key: str, *, takes_faults: bool = False
+    tier: Tier,
+    backend: Backend,
+    port: int,
+    api_key: str,
+    *,
+    host: str = LOOPBACK,
+    finishes_within_s: int = 0,
+    takes_faults: bool = False,
 ) -> EngineCommand:
-    """The command that serves ``tier`` on a loopback port, to nobody but the holder of ``api_key``.
+    """The command that serves ``tier`` on one port, to nobody but the holder of ``api_key``.
 
     Args:
         tier: what to serve.
         backend: where.
-        port: on 127.0.0.1.
+        port: on ``host``.
         api_key: what the holder shows.
+        host: the address it listens on.
+        finishes_within_s: how long vLLM itself lets running requests take when it gets SIGTERM.
         takes_faults: whether the engine is there to be broken, for the self-test.
 
     Raises:
@@ -84,7 +95,7 @@ def engine_command(
     resources = tier.resources
     options: dict[str, Option] = {
         "model": str(tier.checkpoint),
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "dtype": "bfloat16",
         "load-format": "safetensors",
@@ -120,6 +131,8 @@ def engine_command(
         options["enforce-eager"] = True  # compiling for minutes gains little there
     elif resources.gpu_memory is not None:
         options["gpu-memory-utilization"] = resources.gpu_memory
+    if finishes_within_s:
+        options["shutdown-timeout"] = finishes_within_s
     if takes_faults:
         options["enforce-eager"] = True  # in a compiled graph nothing can be exchanged
     if resources.max_output_tokens is not None:
@@ -144,8 +157,16 @@ def engine_command(
             arguments.append(f"--no-{name}")
         else:
             arguments.append(f"--{name}={value}")
-    environment = _environment(tier, backend, api_key) | {MAY_PLANT: "1" if takes_faults else "0"}
-    return EngineCommand(tuple(arguments), environment, port, api_key)
+    told = {MAY_PLANT: "1" if takes_faults else "0", CHECKPOINT: _digest(tier.checkpoint)}
+    return EngineCommand(tuple(arguments), _environment(tier, backend, api_key) | told, port, api_key)
+
+
+def _digest(checkpoint: Path) -> str:
+    """Of the checkpoint that lies there now; empty before it is built, when no engine is started either."""
+    try:
+        return Manifest.read(checkpoint).digest if (checkpoint / MANIFEST_NAME).exists() else ""
+    except OutdatedManifest:
+        return ""  # it will be built again
 
 
 def _positive(name: str, value: Option) -> tuple[str, Option]:

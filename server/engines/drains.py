@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from server.engines.engine import PrecisionRefused
-from server.engines.fleet import POLL_S, Fleet
+from server.engines.failures import PrecisionRefused
+from server.engines.fleet import Fleet
+from server.engines.places import POLL_S
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.signs import first_of
@@ -91,13 +92,13 @@ class Drain:
 
     async def _leave_to_others(self) -> None:
         for replica in self._replicas:
-            replica.leaving = True
+            self._service.take_out(replica)
         try:
             for replica in self._replicas:
                 await self._until(partial(_is_idle, replica), replica)
         except BaseException:
             for replica in self._replicas:
-                replica.leaving = False
+                self._service.take_back(replica)
             self._service.changed()
             raise
 
@@ -111,7 +112,7 @@ class Drain:
             self._service.closed = False
             raise
         for replica in self._replicas:
-            replica.leaving = True
+            self._service.take_out(replica)
 
     @contextmanager
     def _returning(self, replica: Replica) -> Iterator[None]:
@@ -126,6 +127,7 @@ class Drain:
     async def _start(self, replica: Replica) -> None:
         self._check_wanted()
         self.at = At(replica.name, "starting its engine")
+        self._service.take_back(replica)
         try:
             await self._fleet.restart(replica)
         except PrecisionRefused:
@@ -181,6 +183,11 @@ class Drains:
         pool = next(pool for pool in self._fleet.pools if pool.tier.name == tier)
         if self._closed:
             raise NotDrained("The server is stopping.")
+        if any(following.pool is pool for following in self._fleet.followings):
+            raise NotDrained(
+                f"Somebody else runs the engines of {tier} (launch: url): stop them there. They take nothing new "
+                "then, and end once they have answered what they work on."
+            )
         if (other := self._under_way.get(pool)) is not None and not other.task.done():
             raise NotDrained(f"{tier} is being drained already; ask again once that has ended.")
         if number is not None and number > len(pool.replicas):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from server.engines.address import Address
-from server.engines.upstream import IDLE_S, Upstream
+from server.engines.failures import EngineNotStarted, KeyRefused, NoProbe
+from server.engines.resolution import OnlyThere
+from server.engines.upstream import IDLE_S, Upstream, tls_for
 from server.launch.launch import Launched, Process
 from server.measuring.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
-from tiers.errors import AssayError
 from tiers.probe.reading import (
+    CHECKPOINT_ROUTE,
+    DRAIN_ROUTE,
+    DRAINING,
     OWN,
     READING_ROUTE,
     SLEEP_ROUTE,
     WAKE_ROUTE,
+    CheckpointReading,
     EngineReading,
 )
 
@@ -31,34 +37,35 @@ _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv
 piece of a prompt."""
 
 
-class EngineNotStarted(AssayError):
-    """An engine ended, or was not ready in time, when it was to be started."""
-
-
-class PrecisionRefused(AssayError):
-    """What an engine computes is not what its checkpoint declares; trying again would not change that."""
-
-    def __init__(self, name: str, disagreements: tuple[str, ...]) -> None:
-        super().__init__(
-            f"{name} is not served, its engine does not compute what its checkpoint declares: "
-            f"{'; '.join(disagreements)}."
-        )
-
-
 class Engine(Measurable):
     """A vLLM server that answers to the holder of its key."""
 
-    def __init__(self, name: str, url: str, key: str, process: Process | None, *, gives_way: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        key: str,
+        process: Process | None,
+        *,
+        address: str | None = None,
+        gives_way: bool = False,
+    ) -> None:
         self.name = name
+        self.url = url
         self.process = process
         self.gives_way = gives_way
+        self.drains = False
+        """Whether it has said that it is about to end: it answers what it has, and takes no more."""
         self._written_down: tuple[Address, Path] | None = None
-        self.upstream = Upstream(url, key)
+        self.upstream = Upstream(url, key, address)
         """The way for callers' requests; what an engine is asked about itself goes by the session."""
+        resolver = OnlyThere(address) if address else None
         self._session = aiohttp.ClientSession(
             url,
             headers={"authorization": f"Bearer {key}"},
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_S, resolver=resolver, ssl=tls_for(url) or True
+            ),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         )
 
@@ -72,7 +79,7 @@ class Engine(Measurable):
             checkpoint: the digest of the manifest that it is loaded by.
             address_file: where it is written down how the engine is reached; nowhere by default.
         """
-        engine = cls(name, launched.url, launched.key, launched.process)
+        engine = cls(name, launched.url, launched.key, launched.process, address=launched.address)
         if address_file is not None:
             address = Address(url=launched.url, key=launched.key, checkpoint=checkpoint)
             address.write(address_file)
@@ -83,7 +90,7 @@ class Engine(Measurable):
         """Wait until the model is loaded; the version of vLLM.
 
         Raises:
-            EngineNotStarted: it ended before, or was not ready in time.
+            EngineNotStarted: it ended before, was not ready in time, or is somebody else's and takes another key.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -97,16 +104,30 @@ class Engine(Measurable):
                 if self.process.exit_code is not None:
                     raise self._problem(f"the engine ended while starting ({_reason(self.process.tail())})")
                 say(self.process.last_line().rpartition("] ")[2].strip())
-            if (version := await self.version()) is not None:
+            if (version := await self._asked_version()) is not None:
                 return version
             await asyncio.sleep(POLL_S)
 
+    async def _asked_version(self) -> str | None:
+        try:
+            return await self.version()
+        except KeyRefused:
+            if self.process is None:
+                raise
+            return None  # ours is not up yet, and something else has answered in its place
+
     async def version(self) -> str | None:
-        """Of vLLM; None while it does not answer, or not to this key."""
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        """Of vLLM; None while it does not answer.
+
+        Raises:
+            KeyRefused: it does, and not to this key.
+        """
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError, KeyError):
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
             async with self._session.get("/version", timeout=timeout) as answer:
-                if answer.status == 200:
+                if answer.status == HTTPStatus.UNAUTHORIZED:
+                    raise KeyRefused(self.name, self.url)
+                if answer.status == HTTPStatus.OK:
                     return str((await answer.json())["version"])
         return None
 
@@ -123,6 +144,28 @@ class Engine(Measurable):
             raise self._problem(
                 f"the engine's account of what it computes is not understood ({error!r:.300})"
             ) from error
+
+    async def checkpoint(self) -> CheckpointReading:
+        """The manifest and the config.json of what it runs.
+
+        Raises:
+            EngineNotStarted: it does not say, or not so that it can be understood.
+        """
+        answer = await self.ask("GET", CHECKPOINT_ROUTE, "what it runs")
+        try:
+            return CheckpointReading.model_validate_json(answer)
+        except ValidationError as error:
+            raise self._problem(
+                f"the engine's account of its checkpoint is not understood ({error!r:.300})"
+            ) from error
+
+    async def drain(self) -> int:
+        """Have it take no further request; how many it still works on.
+
+        Raises:
+            EngineNotStarted: it is gone.
+        """
+        return int(await self.ask("POST", DRAIN_ROUTE, "being drained", timeout_s=HEALTH_TIMEOUT_S))
 
     async def warm_up(self, model: str) -> None:
         """Two short requests: the first ones pay for memory, kernels and grammars, which no caller should.
@@ -168,11 +211,12 @@ class Engine(Measurable):
         await self.ask("POST", WAKE_ROUTE, "being woken")
 
     async def is_alive(self) -> bool:
-        """Ask it now; one that is too busy to answer is alive."""
+        """Ask it now; one that is too busy to answer is alive, and one that drains until it ends."""
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
             async with self._session.get("/health", timeout=timeout) as answer:
-                return answer.status == 200
+                self.drains = DRAINING in answer.headers
+                return self.drains or answer.status == HTTPStatus.OK
         except TimeoutError:
             return True
         except aiohttp.ClientError:
@@ -220,7 +264,9 @@ class Engine(Measurable):
                 text = await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._problem(f"the engine gives no answer to {what} ({error!r})") from error
-        if answer.status != 200:
+        if answer.status == HTTPStatus.NOT_FOUND and route in (READING_ROUTE, CHECKPOINT_ROUTE):
+            raise NoProbe(self.name, self.url)
+        if answer.status != HTTPStatus.OK:
             raise self._problem(f"the engine fails at {what}: {text[:300].decode(errors='replace')}")
         return text
 

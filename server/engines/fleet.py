@@ -1,10 +1,10 @@
 """All replicas of a server: watched, drained and stopped together."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Iterable
 
+from server.engines.following import Following
 from server.engines.keeper import keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
@@ -13,26 +13,24 @@ from tiers.errors import AssayError
 
 log = logging.getLogger("assay.fleet")
 
-POLL_S = 0.05
-
 
 class Fleet:
-    """All replicas of a server, tier by tier."""
+    """All replicas of a server, tier by tier, and how those are followed that somebody else runs."""
 
-    def __init__(self, pools: Iterable[Pool]) -> None:
+    def __init__(
+        self, pools: Iterable[Pool], followings: Iterable[Following] = (), *, leave_within_s: float = 3600
+    ) -> None:
+        """``leave_within_s`` is for what an engine works on that is gone from its name, and may take its time."""
         self.pools = tuple(pools)
+        self.followings = tuple(followings)
+        self._leave_within_s = leave_within_s
         self._keepers: dict[Replica, asyncio.Task[None]] = {}
+        self._followers: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
         """Those there are now."""
         return tuple(replica for pool in self.pools for replica in pool.replicas)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every configured tier takes requests, those aside that an operator has out of service."""
-        wanted = [pool for pool in self.pools if not pool.service.closed]
-        return bool(wanted) and all(pool.takes_requests for pool in wanted)
 
     @property
     def running(self) -> int:
@@ -42,7 +40,15 @@ class Fleet:
     def watch(self) -> None:
         """From now on, start again what ends."""
         for replica in self.replicas:
-            self._keep(replica)
+            if replica not in self._keepers:
+                self._keep(replica)
+
+    def follow(self) -> None:
+        """From now on, have a replica of each engine that somebody else runs."""
+        self._followers = tuple(asyncio.create_task(each.keep(self.add, self._let_go)) for each in self.followings)
+
+    async def _let_go(self, pool: Pool, replica: Replica) -> None:
+        await self.remove(pool, replica, self._leave_within_s)
 
     def add(self, pool: Pool, replica: Replica) -> None:
         """One replica more: it is started now, watched, and takes requests as soon as it can."""
@@ -51,11 +57,7 @@ class Fleet:
 
     async def remove(self, pool: Pool, replica: Replica, timeout_s: float) -> None:
         """One replica fewer: it gets nothing new, ends what it works on within the time, and is stopped."""
-        replica.leaving = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while replica.running:
-                    await asyncio.sleep(POLL_S)
+        await replica.drain(timeout_s)
         pool.remove(replica)
         await self._end_keeper(replica)
         await replica.stop()
@@ -68,7 +70,6 @@ class Fleet:
         """
         replica.state = State.RESTARTING  # before all else: while its keeper ends, it could get requests
         await self._end_keeper(replica)
-        replica.leaving = False
         try:
             await replica.restart()
         except Exception:
@@ -91,7 +92,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
-        keepers = tuple(self._keepers.values())
+        keepers = (*self._followers, *self._keepers.values())
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)

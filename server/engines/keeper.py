@@ -23,7 +23,7 @@ async def keep(replica: Replica) -> None:
             if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
         await replica.clear_away(backoff)
-        log.warning("%s: the engine ended; starting it again in %.0f s", replica.name, backoff)
+        log.warning("%s: the engine ended; trying again in %.0f s", replica.name, backoff)
         await asyncio.sleep(backoff)
         backoff = min(backoff * 2, LONGEST_BACKOFF_S)
         try:

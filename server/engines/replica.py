@@ -4,15 +4,17 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from server.checkpoints import Checkpoints
 from server.engines.affinity import Load
-from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
+from server.engines.engine import Engine
+from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
 from server.engines.probation import Probation
+from server.engines.reading_back import read_back
 from server.engines.signs import first_of, until_not
 from server.engines.state import UP, State
 from server.engines.turns import Turns
@@ -21,16 +23,16 @@ from server.engines.vitals import Finding, Patience, Vitals
 from server.errors import Refusal, TierNotVerified, TierUnavailable
 from server.launch.launch import Launch
 from server.metrics import Metrics
-from tiers.catalog import ModelShape
 from tiers.manifest import Manifest
 from tiers.tier import Tier
-from tiers.verification import VerifiedPrecision, verify_precision
+from tiers.verification import VerifiedPrecision
 
 log = logging.getLogger("assay.replica")
 
 FIRST_BACKOFF_S = 1.0
 """Between the end of an engine that failed and its next start."""
-GUESSED_START_S = 60.0
+GUESSED_START_S, FINDS_IT_IN_S = 60.0, 5.0
+"""Of an engine that is started here, and of one that somebody else runs."""
 
 
 class Replica:
@@ -44,8 +46,9 @@ class Replica:
         *,
         number: int = 1,
         of: int = 1,
+        at: str | None = None,
         launch: Launch,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         logs: Path,
         metrics: Metrics,
         start_timeout_s: float,
@@ -56,7 +59,7 @@ class Replica:
         address_file: Path | None = None,
     ) -> None:
         self.tier = tier
-        self.name = f"{tier.name} ({number} of {of})" if of > 1 else tier.name
+        self.name = f"{tier.name} at {at}" if at else f"{tier.name} ({number} of {of})" if of > 1 else tier.name
         """For people; callers know tiers only."""
         self.manifest = manifest
         self.context_length = context_length
@@ -65,11 +68,13 @@ class Replica:
         """Whether it takes nothing new, so that it can be ended: for good, or until it is started again."""
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
+        self.device_class: str | None = None  # of the engine's machine, once it has said so
         self.restarts = 0
         self.load = Load(self.name)
         """What it has to do: whoever sends a request counts it here."""
         self._launch = launch
         self._checkpoints = checkpoints
+        """None where its weights lie elsewhere, and are somebody else's to verify."""
         self.log_file = logs / (f"{tier.slug}-{number}.log" if number > 1 else f"{tier.slug}.log")
         self._metrics = metrics
         self._start_timeout_s = start_timeout_s
@@ -82,7 +87,7 @@ class Replica:
         self._places = Places()
         self._vitals = Vitals(patience or Patience())
         self._probation = Probation()
-        self._last_start_s = GUESSED_START_S
+        self._last_start_s = GUESSED_START_S if checkpoints else FINDS_IT_IN_S
         self._due = 0.0
         # To be called at each part of an answer that comes from it, and when all of a good one has come.
         self.heard, self.answered = self._vitals.heard, self._vitals.answered
@@ -119,10 +124,10 @@ class Replica:
                 raise
 
     async def _start(self, say: Callable[[str], None]) -> None:
-        if self.state is State.RESTARTING:
-            await self._checkpoints.verify_again(self.tier, self.manifest)
-        else:
+        if self.state is not State.RESTARTING:
             self.state = State.STARTING
+        elif self._checkpoints is not None:
+            await self._checkpoints.verify_again(self.tier, self.manifest)
         self.verified = None
         began = time.monotonic()
         self._due = began + self._last_start_s
@@ -158,6 +163,11 @@ class Replica:
         self._metrics.planned_restarts.labels(self.tier.name).inc()
         await self._end_engine()
         await self.start()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, and wait until no request runs; False if some still did when the time was over."""
+        self.leaving = True
+        return await self._places.until_free(timeout_s)
 
     async def stop(self) -> None:
         """End the engine for good; returns when nothing of it is left."""
@@ -244,13 +254,15 @@ class Replica:
         return TierUnavailable(self.tier.name, self.state.value, wait)
 
     async def is_alive(self) -> bool:
-        """Ask the engine now, and take it out of service at once if it is gone."""
+        """Ask the engine now, and take it out of service at once if it is gone, or about to be."""
         engine = self._engine
         if self.state not in UP or engine is None:
             return False
         alive = await engine.is_alive()
-        if not alive and engine is self._engine:
+        if engine is self._engine and not alive:
             self._fail()
+        elif engine is self._engine and engine.drains and self.state in UP:
+            self.state = State.DRAINING  # until it is gone, after the last of its answers
         return alive
 
     def erred(self) -> None:
@@ -286,22 +298,18 @@ class Replica:
 
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
-        shape = ModelShape.read(self.tier.checkpoint)
-        self.verified = verify_precision(
-            self.manifest.precision, await engine.readings(), shape, takes_faults=self._takes_faults
-        )
+        reading = read_back(engine, self.tier, self.manifest, takes_faults=self._takes_faults)
+        self.verified, self.device_class = await reading
         if not self.verified.agrees:
             raise PrecisionRefused(self.name, self.verified.disagreements)
 
     async def until_it_fails(self) -> None:
-        """Wait until its engine is gone, hangs, or was given up."""
+        """Watch the engine, and return once it has ended, hangs, or was found to be gone."""
         engine = self._engine
         assert engine is not None
         hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
-        signs: list[Awaitable[object]] = [self._failed.wait(), until_not(self.is_alive), hangs]
-        if engine.process is not None:
-            signs.append(engine.process.wait())
-        await first_of(signs)
+        ended = () if engine.process is None else (engine.process.wait(),)
+        await first_of((self._failed.wait(), until_not(self.is_alive), hangs, *ended))
 
     async def clear_away(self, backoff_s: float) -> None:
         """End what is left of an engine that failed; another is to start after so long."""

@@ -44,6 +44,7 @@ class Service:
         self._tier = tier
         self._replicas = replicas
         self._queues: tuple[Queue, ...] = ()
+        self._out: set[Replica] = set()
         self.returning: Replica | None = None
         """It is about to be started again: it takes only what no other can, and is waited for."""
         self.closed = False
@@ -75,7 +76,17 @@ class Service:
     @property
     def drained(self) -> int:
         """How many replicas an operator has out of service."""
-        return sum(map(self._is_out, self._replicas()))
+        return len(self._out | {self.returning} - {None})
+
+    def take_out(self, replica: Replica) -> None:
+        """Until it is taken back it gets nothing new."""
+        replica.leaving = True
+        self._out.add(replica)
+
+    def take_back(self, replica: Replica) -> None:
+        """It takes requests as soon as it can."""
+        replica.leaving = False
+        self._out.discard(replica)
 
     def _is_out(self, replica: Replica) -> bool:
         return replica.leaving or replica is self.returning

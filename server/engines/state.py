@@ -6,7 +6,8 @@ from enum import StrEnum
 class State(StrEnum):
     """From its start to its end; several come more than once.
 
-    `DRAINING` and `DRAINED` are how an operator's work on it is shown; see `Pool.shown`.
+    An engine that somebody else stops is `DRAINING`; so is shown, or as `DRAINED`, what an operator has out of service
+    here (`Service.shown`).
     """
 
     STARTING = "starting"
@@ -21,5 +22,5 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
-UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED})
+UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED, State.DRAINING})
 """Those in which there is an engine to watch."""

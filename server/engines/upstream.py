@@ -6,6 +6,7 @@ reads callers' requests too. Knows HTTP/1.1, and nothing of tiers or of what an 
 """
 
 import asyncio
+import ssl
 import time
 from types import TracebackType
 from typing import cast
@@ -25,12 +26,20 @@ class UpstreamBroke(Exception):
     """The engine could not be reached, or its answer ended before it was whole, or is no HTTP."""
 
 
+def tls_for(url: str) -> ssl.SSLContext | None:
+    """By which the engine there is known, if it is asked for: authorities are the system's, or SSL_CERT_FILE's."""
+    return ssl.create_default_context() if urlsplit(url).scheme == "https" else None
+
+
 class Upstream:
     """The connections to one engine, as many as there are requests at once."""
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, address: str | None = None) -> None:
+        """``address`` is where to connect, for a name that has several; by default any that the URL's name has."""
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port or 80
+        self._host, self._port = address or parts.hostname or "", parts.port or 80
+        self._tls = tls_for(url)
+        self._name = parts.hostname if self._tls else None
         self._head = (
             f"host: {parts.netloc}\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
         ).encode()
@@ -59,7 +68,9 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 loop = asyncio.get_running_loop()
-                _, connection = await loop.create_connection(self._connection, self._host, self._port)
+                _, connection = await loop.create_connection(
+                    self._connection, self._host, self._port, ssl=self._tls, server_hostname=self._name
+                )
         except OSError as error:  # the timeout is one
             raise UpstreamBroke(f"no connection ({type(error).__name__})") from error
         return connection

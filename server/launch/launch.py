@@ -41,6 +41,8 @@ class Launched:
     """To whoever shows this."""
     process: Process | None
     """None of one that somebody else runs."""
+    address: str | None = None
+    """The one of its host's addresses that is this engine's, where the URL's name has several."""
 
 
 class Launch(Protocol):

@@ -1,26 +1,53 @@
 """Engines as processes on this machine."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.launch.launch import Launched
 from server.launch.process import LocalProcess, free_port
-from tiers.engine import Backend, engine_command
+from tiers.engine import LOOPBACK, Backend, EngineCommand, engine_command
 from tiers.tier import Tier
 
 
 @dataclass(frozen=True)
 class LocalLaunch:
-    """Starts an engine here, on a loopback port, with a key that nobody else has."""
+    """Starts an engine here; unless it is told otherwise on a loopback port, with a key that nobody else has."""
 
     backend: Backend
     takes_faults: bool = False
     """Whether the engine is there to be broken, for the self-test."""
+    host: str = LOOPBACK
+    port: int | None = None
+    """A free one by default."""
+    key: str | None = field(default=None, repr=False)
+    finishes_within_s: int = 0
+    """How long vLLM lets running requests take when it is ended by somebody else."""
+
+    def command(self, tier: Tier) -> EngineCommand:
+        """What it starts.
+
+        Raises:
+            ConfigError: the config asks vLLM for what cannot be.
+        """
+        return engine_command(
+            tier,
+            self.backend,
+            self.port or free_port(),
+            self.key or secrets.token_urlsafe(32),
+            host=self.host,
+            finishes_within_s=self.finishes_within_s,
+            takes_faults=self.takes_faults,
+        )
 
     async def begin(self, tier: Tier, log: Path) -> Launched:
         """See `Launch.begin`."""
-        port, key = free_port(), secrets.token_urlsafe(32)
-        command = engine_command(tier, self.backend, port, key, takes_faults=self.takes_faults)
+        command = self.command(tier)
         process = await LocalProcess.start(command.arguments, command.environment, log)
-        return Launched(f"http://127.0.0.1:{port}", key, process)
+        return Launched(url_at(self.host, command.port), command.api_key, process)
+
+
+def url_at(host: str, port: int) -> str:
+    """Where this machine reaches what listens on that address, which may stand for all that it has."""
+    own = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104  # asked for, not bound
+    return f"http://[{own}]:{port}" if ":" in own else f"http://{own}:{port}"

@@ -278,7 +278,7 @@ class _Certifier:
             verified=verified,
             hardware=Hardware(
                 device=verified.device,
-                device_class=device_class(verified.device),
+                device_class=running.device_class or device_class(verified.device),
                 backend=backend_of(self._config),
             ),
             versions=Versions(

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from server.config import Config
+from server.engine_key import engine_key
 from server.engines.address import Address
-from server.engines.engine import Engine, EngineNotStarted, PrecisionRefused
+from server.engines.engine import Engine
+from server.engines.failures import EngineNotStarted, KeyRefused, PrecisionRefused
 from server.engines.replica import Replica
 from server.model_config import TierConfig
 from server.progress import Steps
@@ -32,19 +34,22 @@ class Running:
     verified: VerifiedPrecision
     version: str
     """Of vLLM."""
+    device_class: str | None = None
+    """Of its machine, which may be another than this one."""
     _replica: Replica | None = None
 
     @classmethod
     def of(cls, replica: Replica) -> "Running":
         """One that was started for this."""
         assert replica.verified is not None, "an engine that was not verified was not started"
-        version = replica.engine_version or ""
-        return cls(replica.tier, replica.manifest, replica.engine, replica.verified, version, replica)
+        version, device = replica.engine_version or "", replica.device_class
+        replica.engine.gives_way = replica.engine.process is None  # as one that was found and not started
+        return cls(replica.tier, replica.manifest, replica.engine, replica.verified, version, device, replica)
 
     @property
     def may_restart(self) -> bool:
         """Whether nobody but who measures it has need of it."""
-        return self._replica is not None
+        return self._replica is not None and self.engine.process is not None
 
     async def restarted(self) -> "Running":
         """The same in another process.
@@ -66,7 +71,7 @@ async def engines_to_measure(config: Config, wanted: Sequence[Tier], steps: Step
         AssayError: into the block; nothing is left running that was not before.
     """
     config = only(config, wanted)
-    found = {tier.name: await _reached(tier, Address.read(config.address_of(tier))) for tier in config.tiers}
+    found = {tier.name: await _found(config, tier) for tier in config.tiers}
     served = {name: engine for name, engine in found.items() if engine}
     if not served:
         _refuse_sleepers(config)
@@ -122,15 +127,35 @@ def _started(replica: Replica) -> Running:
     return Running.of(replica)
 
 
+async def _found(config: Config, tier: Tier) -> tuple[Engine, Address] | None:
+    """An engine of that tier that runs: of a server of this home, or at one of its URLs."""
+    written_down = Address.read(config.address_of(tier))
+    return await _reached(tier, written_down) or await _reached_by_url(config, tier)
+
+
 async def _reached(tier: Tier, address: Address | None) -> tuple[Engine, Address] | None:
     """The engine at that address; None if nobody is there: a server that was killed leaves its notes behind."""
     if address is None:
         return None
     engine = Engine(tier.name, address.url, address.key, None, gives_way=True)
-    if await engine.version() is None:
-        await engine.stop()
-        return None
-    return engine, address
+    try:
+        if await engine.version() is not None:
+            return engine, address
+    except KeyRefused:
+        pass  # somebody else has the port now
+    await engine.stop()
+    return None
+
+
+async def _reached_by_url(config: Config, tier: Tier) -> tuple[Engine, Address] | None:
+    """The first engine at the tier's URLs, if it is of launch: url; None if nobody is there."""
+    urls, key = config.settings_of(tier).urls, engine_key(config.engine_key)
+    for url in urls if key else ():
+        if (reached := await _reached(tier, Address(url=url, key=key or "", checkpoint=""))) is not None:
+            engine, address = reached
+            started_on = (await engine.readings())[0].checkpoint or ""
+            return engine, address.model_copy(update={"checkpoint": started_on})
+    return None
 
 
 async def _read_back(tier: Tier, engine: Engine, address: Address) -> Running:
@@ -140,10 +165,11 @@ async def _read_back(tier: Tier, engine: Engine, address: Address) -> Running:
             f"The server that runs has loaded {tier.name} from checkpoint {address.checkpoint[:SHORT_DIGEST]}, "
             f"and in {tier.checkpoint} is {manifest.short_digest}: use the server's config, or start it anew."
         )
-    verified = verify_precision(manifest.precision, await engine.readings(), shape)
+    readings = await engine.readings()
+    verified = verify_precision(manifest.precision, readings, shape)
     if not verified.agrees:
         raise PrecisionRefused(tier.name, verified.disagreements)
     version = await engine.version()
     if version is None:
         raise EngineNotStarted(f"{tier.name}: the engine of the server that runs is gone.")
-    return Running(tier, manifest, engine, verified, version)
+    return Running(tier, manifest, engine, verified, version, readings[0].device_class)

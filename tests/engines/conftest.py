@@ -68,10 +68,14 @@ class Server:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
-    def metric(self, name: str, tier: str) -> float:
+    def metric(self, name: str, tier: str, label: str = "tier") -> float:
         """The value of a series of the embedded model's tier, its other labels summed."""
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"{name}{{")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'tier="{MODEL}-{tier}"' in line)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if f'{label}="{MODEL}-{tier}"' in line)
+
+    def told(self, name: str, tier: str) -> float:
+        """The same of one of OpenTelemetry's names."""
+        return self.metric(name, tier, "gen_ai_request_model")
 
     def is_ready(self) -> bool:
         try:

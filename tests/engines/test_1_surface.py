@@ -221,10 +221,10 @@ def test_only_who_asks_is_told_the_usage_of_a_stream(assay: Server, path: str) -
             )
         return list(chunks)
 
-    counted = assay.metric("assay_tokens_total", "Reference")
+    counted = assay.told("gen_ai_client_token_usage_sum", "Reference")
     plain = stream()
     assert all(chunk.choices and chunk.usage is None for chunk in plain)
-    assert assay.metric("assay_tokens_total", "Reference") > counted
+    assert assay.told("gen_ai_client_token_usage_sum", "Reference") > counted
     assert all(chunk.usage is None for chunk in stream(stream_options={"include_usage": False}))
     asked = stream(stream_options={"include_usage": True})
     assert asked[-1].choices == []

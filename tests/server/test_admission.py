@@ -193,10 +193,8 @@ async def test_tokens_are_counted_for_metrics_without_being_asked_for(gateway: G
     answer = await gateway.post(BODY[:-1] + b',"stream":true}')
     assert b"usage" not in answer.body
     assert answer.body.endswith(b"data: [DONE]\n\n")
-    labels = {"tier": gateway.replica.tier.name}
-    count = gateway.metrics.registry.get_sample_value
-    assert count("assay_tokens_total", labels | {"kind": "prompt"}) == 30
-    assert count("assay_tokens_total", labels | {"kind": "answer"}) == 10
+    assert gateway.told("gen_ai_client_token_usage_sum", gen_ai_token_type="input") == 30
+    assert gateway.told("gen_ai_client_token_usage_sum", gen_ai_token_type="output") == 10
 
 
 async def test_a_caller_who_leaves_with_the_last_event_has_paid(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from server.launch.process import free_port
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
 from tiers.errors import AssayError
+from tiers.manifest import Manifest
 from tiers.recipe import recipes
 
 Here = Callable[..., tuple[int, str, str]]
@@ -83,7 +85,20 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "plan", "build", "verify", "certify", "tiers", "keys add", "keys list", "keys remove"]
+    "command",
+    [
+        "serve",
+        "gateway",
+        "engine",
+        "plan",
+        "build",
+        "verify",
+        "certify",
+        "tiers",
+        "keys add",
+        "keys list",
+        "keys remove",
+    ],
 )
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(*command.split(), "--help")
@@ -546,3 +561,86 @@ def test_a_key_that_is_not_taken_is_a_sentence_without_it(
 def test_a_key_does_not_follow_a_redirection(here: Here, asked: Asked) -> None:
     here("tiers", "--url", f"{asked.url}/moved", "--key", "sk-assay-right")
     assert asked.keys == ["Bearer sk-assay-right", None]
+
+
+ELSEWHERE = f"models: [{{{MODEL}, tiers: {{Reference: {{launch: url, urls: ['http://127.0.0.1:9']}}}}}}]"
+
+
+def test_a_gateway_starts_no_engine_and_says_whose_it_would_have_to(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(SMALL)
+    code, _, err = here("gateway", "-c", "c.yaml", "--port", str(free_port()))
+    assert code == 2
+    assert "SmolLM2-135M-Instruct-Reference is of launch: local, and `assay gateway` starts no engine" in err
+
+
+def test_a_gateway_without_a_key_for_its_engines_is_a_sentence(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    code, _, err = here("gateway", "-c", "c.yaml", "--port", str(free_port()))
+    assert code == 2
+    assert "there is no key to show to its engines" in err
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schl\u00fcssel"])
+def test_a_key_that_is_none_is_a_sentence(here: Here, tmp_path: Path, key: str) -> None:
+    (tmp_path / "key").write_text(f"{key}\n")
+    (tmp_path / "c.yaml").write_text(f"engine_key: key\n{ELSEWHERE}")
+    code, _, err = here("gateway", "-c", "c.yaml", "--port", str(free_port()))
+    assert code == 2
+    assert "engine_key: key holds no key" in err
+
+
+def test_an_engine_that_others_can_reach_needs_a_key(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    code, _, err = here("engine", "Reference", "-c", "c.yaml", "--host", "0.0.0.0")
+    assert code == 2
+    assert "On 0.0.0.0 others can reach this engine" in err
+    assert not (tmp_path / ".assay").exists()
+
+
+def test_an_engines_port_in_use_is_found_before_any_work(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, err = here("engine", "Reference", "-c", "c.yaml", "--port", str(taken.getsockname()[1]))
+    assert code == 1
+    assert "cannot be had" in err
+
+
+def test_an_engine_without_its_checkpoint_is_a_sentence_where_it_may_not_build(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    arguments = ("engine", "Reference", "-c", "c.yaml", "--port", str(free_port()))
+    for how in ("--no-build", "--print"):
+        code, _, err = here(*arguments, how)
+        assert code == 1
+        assert "There is no " in err
+
+
+def test_what_starts_an_engine_is_printed_without_its_key(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASSAY_ENGINE_KEY", "a-secret-of-ours")
+    checkpoint(tmp_path / ".assay")
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    monkeypatch.setattr(sys, "argv", ["assay", "engine", "Reference", "-c", "c.yaml", "--print"])
+    code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--host", "::", "--port", "8102", "--print")
+    assert code == 0
+    assert "a-secret-of-ours" not in out
+    assert "export VLLM_API_KEY=${ASSAY_ENGINE_KEY:?}\n" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:4] == ["exec", sys.executable, "-P", "-m"]
+    assert {
+        "--host=::",
+        "--port=8102",
+        "--shutdown-timeout=600",
+        "--middleware=tiers.probe.lock.EngineLock",
+    } < set(command)
+    digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
+    assert f"export ASSAY_CHECKPOINT={digest}\n" in out
+
+
+def test_a_plan_is_of_what_runs_here(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(ELSEWHERE)
+    code, _, err = here("plan", "-c", "c.yaml")
+    assert code == 2
+    assert "takes nothing of a machine here" in err

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.config import Config, load_config
+from server.model_config import TierConfig
 from tiers.errors import ConfigError
 from tiers.tier import TierKind
 
@@ -81,3 +82,43 @@ def test_a_bad_value_is_one_sentence_with_file_and_field(tmp_path: Path, text: s
 def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no config file"):
         load_config(tmp_path / "none.yaml")
+
+
+def _with(folder: Path, tier: str) -> Config:
+    return load(
+        folder, f"models: [{{name: m, source: /tmp/m, tiers: {{Reference: {{gpus: [0]}}, Lite: {tier}}}}}]"
+    )
+
+
+def test_a_tier_elsewhere_takes_nothing_here(tmp_path: Path) -> None:
+    config = _with(tmp_path, "{launch: url, urls: ['http://lite:8100/', 'https://10.0.0.1:443']}")
+    assert [tier.kind for tier in config.tiers_here] == [TierKind.REFERENCE]
+    lite = config.tiers[1]
+    assert config.settings_of(lite).urls == ("http://lite:8100", "https://10.0.0.1:443")
+    assert config.all_here().tiers_here == config.all_here().tiers
+
+
+@pytest.mark.parametrize(
+    ("tier", "sentence"),
+    [
+        ("{launch: url}", "needs urls"),
+        ("{urls: ['http://lite:8100']}", "urls are for launch: url"),
+        ("{launch: url, urls: ['lite:8100']}", "no http or https URL with a host"),
+        ("{launch: url, urls: ['http://:8100']}", "no http or https URL with a host"),
+        ("{launch: url, urls: ['http://lite']}", "has no port"),
+        ("{launch: url, urls: ['http://lite:99999']}", "is no URL"),
+        ("{launch: url, urls: ['http://lite:8100/v1']}", "more than a host and a port"),
+        ("{launch: url, urls: ['http://me:secret@lite:8100']}", "more than a host and a port"),
+        ("{launch: url, urls: ['http://lite:8100', 'http://lite:8100']}", "given twice"),
+        ("{launch: url, urls: ['http://lite:8100'], idle: sleep}", "idle: sleep is for engines that this server"),
+        ("{launch: somehow}", "launch"),
+    ],
+)
+def test_where_an_engine_is_must_make_sense(tmp_path: Path, tier: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        _with(tmp_path, tier)
+
+
+def test_every_field_of_a_tier_says_what_it_does() -> None:
+    for name, field in TierConfig.model_fields.items():
+        assert field.description, name

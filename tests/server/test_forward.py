@@ -74,7 +74,7 @@ async def test_a_stream_cut_by_a_dead_engine_ends_with_an_error_event(gateway: G
     assert gateway.metric("assay_requests_running") == 0
 
 
-async def test_the_time_to_the_first_byte_is_that_of_the_first_event(gateway: Gateway) -> None:
+async def test_the_time_to_the_first_token_is_that_of_the_first_event(gateway: Gateway) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -84,7 +84,7 @@ async def test_the_time_to_the_first_byte_is_that_of_the_first_event(gateway: Ga
 
     gateway.handler = handler
     await gateway.post(STREAM)
-    assert gateway.metric("assay_time_to_first_byte_seconds_sum") >= 0.1
+    assert gateway.told("gen_ai_server_time_to_first_token_seconds_sum") >= 0.1
 
 
 async def test_a_stream_that_ends_without_done_is_an_error(gateway: Gateway) -> None:

@@ -49,8 +49,8 @@ async def test_enforced_a_tier_without_one_is_refused_and_never_asked(strict: Ga
         assert answer.headers["x-assay-tier"] == "Reference"
         assert "retry-after" not in answer.headers, "trying again does not help"
     assert strict.seen == []
-    labels = {"tier": f"{MODEL}-Reference", "code": "tier_not_certified"}
-    assert strict.metrics.registry.get_sample_value("assay_requests_refused_total", labels) == 2
+    labels = {"tier": f"{MODEL}-Reference", "status": "503", "code": "tier_not_certified"}
+    assert strict.metrics.registry.get_sample_value("assay_requests_total", labels) == 2
 
 
 async def test_enforced_a_tier_that_fails_or_has_changed_is_refused_and_says_why(

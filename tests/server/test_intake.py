@@ -10,7 +10,8 @@ from server.config import Config
 from server.engines.drains import Work
 from server.engines.state import State
 from server.listener import http_server, listening_socket
-from server.serve import Stop, _drain, _stop_gateway
+from server.serve import _drain, _stop_gateway
+from server.stop import Stop
 from tests.server.engines.drained import STREAM, TIER, a_moment, drained_gateway, error, is_whole, until
 
 

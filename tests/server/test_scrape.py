@@ -13,10 +13,12 @@ from prometheus_client.parser import text_string_to_metric_families
 import server.scrape
 from server.metrics import Metrics
 from server.scrape import Gathering, gauges_of, tell
+from server.series import ERROR, MODEL, OPERATION, PROVIDER_NAME
 from server.worker import ScrapeFailed, Worker
 from tests.server.conftest import running_gateway
 
 TIER = {"tier": "T"}
+CALL = ("chat", "assay", "T")
 
 
 class Several:
@@ -29,7 +31,7 @@ class Several:
 
     async def join(self, process: int) -> Metrics:
         metrics = Metrics()
-        metrics.requests.labels("T", "200")
+        metrics.requests.labels("T", "200", "")
         metrics.connections_refused.labels("x")
         socket = self.folder / f"{process}.sock"
         self.servers[process] = await tell(socket, metrics.scrape)
@@ -68,15 +70,16 @@ async def test_what_is_counted_is_added_and_what_is_true_of_a_tier_is_not(severa
         (await several.join(2), 0, 0.02, 4),
         (await several.join(3), 1, 0.01, 0),
     ):
-        each.requests.labels("T", "200").inc(2)
-        each.duration.labels("T").observe(running)
+        each.requests.labels("T", "200", "").inc(2)
+        each.duration.labels(*CALL, "").observe(running)
         each.ready.labels("T").set(ready)
         each.kl.labels("T", "decode").set(kl)
         each.running.labels("T").set(running)
         each.certified.labels("T").set(math.nan)
-    assert await several.value("assay_requests_total", TIER | {"status": "200"}) == 6
-    assert await several.value("assay_request_duration_seconds_sum") == 7
-    assert await several.value("assay_request_duration_seconds_bucket", TIER | {"le": "5.0"}) == 3
+    assert await several.value("assay_requests_total", TIER | {"status": "200", "code": ""}) == 6
+    spread = dict(zip((OPERATION, PROVIDER_NAME, MODEL, ERROR), (*CALL, ""), strict=True))
+    assert await several.value("gen_ai_server_request_duration_seconds_sum", spread) == 7
+    assert await several.value("gen_ai_server_request_duration_seconds_bucket", spread | {"le": "5.12"}) == 3
     assert await several.value("assay_requests_running") == 7
     assert await several.value("assay_tier_ready") == 0, "one of them cannot answer"
     assert await several.value("assay_tier_kl", TIER | {"phase": "decode"}) == 0.02
@@ -86,7 +89,7 @@ async def test_what_is_counted_is_added_and_what_is_true_of_a_tier_is_not(severa
 
 async def test_one_process_alone_is_told_as_it_tells_itself(several: Several) -> None:
     metrics = await several.join(1)
-    metrics.requests.labels("T", "200").inc()
+    metrics.requests.labels("T", "200", "").inc()
     metrics.declare("T", _Pool())
     own, together = metrics.exposition(), await several.gathering.exposition()
     assert set(own.splitlines()) <= set(together.splitlines())
@@ -94,15 +97,16 @@ async def test_one_process_alone_is_told_as_it_tells_itself(several: Several) ->
 
 class _Pool:
     replicas: tuple[object, ...] = ()
-    ready = running = drained = 0
+    ready = running = drained = requests_at_once = 0
+    engine_version: str | None = None
     is_asleep = is_verified = False
 
 
 async def test_what_an_ended_process_counted_stays_and_what_was_true_of_it_goes(several: Several) -> None:
     first, second = await several.join(1), await several.join(2)
-    labels = TIER | {"status": "200"}
+    labels = TIER | {"status": "200", "code": ""}
     for each in (first, second):
-        each.requests.labels("T", "200").inc(5)
+        each.requests.labels("T", "200", "").inc(5)
         each.running.labels("T").set(1)
     since = await several.value("assay_requests_created", labels)
     assert await several.value("assay_requests_total", labels) == 10
@@ -111,7 +115,7 @@ async def test_what_an_ended_process_counted_stays_and_what_was_true_of_it_goes(
     assert await several.value("assay_requests_total", labels) == 10
     assert await several.value("assay_requests_running") == 1
     third = await several.join(3)
-    third.requests.labels("T", "200").inc()
+    third.requests.labels("T", "200", "").inc()
     assert await several.value("assay_requests_total", labels) == 11
     assert await several.value("assay_requests_created", labels) == since
     several.gathering.left(3)
@@ -126,7 +130,7 @@ async def test_one_that_does_not_answer_is_left_out_and_its_counts_are_not(
     monkeypatch.setattr(server.scrape, "PATIENCE_S", 0.05)
     first, second = await several.join(1), await several.join(2)
     for each in (first, second):
-        each.requests.labels("T", "200").inc(5)
+        each.requests.labels("T", "200", "").inc(5)
         each.running.labels("T").set(1)
     await several.gathering.exposition()
 
@@ -136,7 +140,7 @@ async def test_one_that_does_not_answer_is_left_out_and_its_counts_are_not(
 
     several.servers[1].close()
     several.servers[1] = await tell(several.folder / "1.sock", hang)
-    assert await several.value("assay_requests_total", TIER | {"status": "200"}) == 10
+    assert await several.value("assay_requests_total", TIER | {"status": "200", "code": ""}) == 10
     assert await several.value("assay_requests_running") == 1
     assert await several.value("assay_gateway_workers", {}) == 1
 

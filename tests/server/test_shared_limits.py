@@ -314,7 +314,9 @@ async def test_two_gateways_hold_a_caller_to_one_limit_and_do_without_redis_for_
         assert code_of(answers[0]) == "limits_unreachable"
         assert "retry-after" in answers[0].headers
         counted = gateways[0].metrics.registry.get_sample_value
-        assert counted("assay_requests_refused_total", {"tier": "none", "code": "limits_unreachable"}) == 1
+        assert (
+            counted("assay_requests_total", {"tier": "none", "status": "503", "code": "limits_unreachable"}) == 1
+        )
         redis.start()
         assert [(await each).status for each in post(busy, 2)] == [200] * 2
 

@@ -84,7 +84,7 @@ async def test_several_processes_answer_on_one_port_as_one(
             assert len(pids) == 2
             for _ in range(4):  # whichever is asked
                 assert await metric("assay_requests_total{") == 24
-                assert await metric("assay_request_duration_seconds_count") == 24
+                assert await metric("gen_ai_server_request_duration_seconds_count") == 24
                 assert await metric("assay_gateway_workers") == 2
                 assert await metric("assay_tier_ready") == 1
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from server.config import Config, load_config
+from tests.server.test_cli import checkpoint
 from tiers.engine import Backend, EngineCommand, engine_command
 from tiers.errors import ConfigError
+from tiers.manifest import Manifest
 from tiers.tier import Resources, Tier, TierKind
 
 LLAMA = Path(__file__).parents[2] / "deploy" / "llama-3.1-8b.yaml"
@@ -209,3 +211,20 @@ def test_the_llama_config_makes_three_engines_on_one_gpu() -> None:
     commands = [engine_command(tier, "cuda", 1, "k") for tier in load_config(LLAMA).tiers]
     assert sum(float(option(command, "gpu-memory-utilization")) for command in commands) <= 0.9
     assert {command.environment["CUDA_VISIBLE_DEVICES"] for command in commands} == {"0"}
+
+
+def test_an_engine_for_gateways_elsewhere_listens_where_they_reach_it_and_ends_in_its_own_time() -> None:
+    command = engine_command(tier(), "cpu", 8100, "k", host="0.0.0.0", finishes_within_s=45)
+    assert option(command, "host") == "0.0.0.0"
+    assert option(command, "shutdown-timeout") == "45"
+    assert option(engine_command(tier(), "cpu", 1, "k"), "host") == "127.0.0.1"
+    assert not any("shutdown-timeout" in each for each in engine_command(tier(), "cpu", 1, "k").arguments)
+    assert command.environment["VLLM_HOST_IP"] == "127.0.0.1", "its own processes talk to each other here"
+
+
+def test_an_engine_is_told_which_checkpoint_it_is_started_on(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    made = replace(tier(), checkpoint=tmp_path / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16")
+    told = engine_command(made, "cpu", 1, "k").environment["ASSAY_CHECKPOINT"]
+    assert told == Manifest.read(made.checkpoint).digest
+    assert engine_command(tier(), "cpu", 1, "k").environment["ASSAY_CHECKPOINT"] == "", "whoever set it"

@@ -1,11 +1,15 @@
-"""The lock on an engine: no route, no method, no protocol without the key."""
+"""The lock on an engine: no route but one, no method, no protocol without the key; and who drains lets none in."""
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from tiers.probe.lock import EngineLock
+from tiers.probe.reading import DRAIN_ROUTE, DRAINING
 
 
 @pytest.fixture
@@ -70,3 +74,60 @@ def test_an_engine_without_a_key_does_not_start(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(RuntimeError, match="never runs open"):
         EngineLock(None)  # type: ignore[arg-type]
+
+
+class Slow:
+    """An application that answers when it is told to, and the lock in front of it."""
+
+    def __init__(self) -> None:
+        self.lock = EngineLock(self.app)
+        self.may_answer = asyncio.Event()
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"].startswith("/v1/"):
+            await self.may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"inside"})
+
+    async def ask(
+        self, method: str, path: str, key: bytes = b"Bearer key"
+    ) -> tuple[int, dict[bytes, bytes], bytes]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [(b"authorization", key)]}
+        await self.lock(scope, None, send)  # type: ignore[arg-type]  # nobody receives
+        return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    return Slow()
+
+
+async def test_anybody_may_ask_whether_it_is_well(slow: Slow) -> None:
+    assert (await slow.ask("GET", "/health", b""))[0] == 200
+    for method, path in (("POST", "/health"), ("GET", "/health/"), ("GET", "/metrics"), ("POST", DRAIN_ROUTE)):
+        assert (await slow.ask(method, path, b""))[0] == 401
+
+
+async def test_one_that_drains_answers_what_it_has_and_nothing_new(slow: Slow) -> None:
+    running = asyncio.create_task(slow.ask("POST", "/v1/completions"))
+    await asyncio.sleep(0)
+    assert await slow.ask("POST", DRAIN_ROUTE) == (200, ANY, b"1")
+    status, headers, body = await slow.ask("POST", "/v1/completions")
+    assert (status, headers[DRAINING.encode()]) == (503, b"1")
+    assert json.loads(body)["error"]["code"] == "engine_draining"
+    assert (await slow.ask("GET", "/metrics"))[0] == 200
+    slow.may_answer.set()
+    assert (await running)[0] == 200
+    assert (await slow.ask("POST", DRAIN_ROUTE))[2] == b"0"
+
+
+async def test_an_orchestrator_sees_that_it_drains(slow: Slow) -> None:
+    await slow.ask("POST", DRAIN_ROUTE)
+    status, headers, body = await slow.ask("GET", "/health", b"")
+    assert (status, headers[DRAINING.encode()], body) == (503, b"1", b"")

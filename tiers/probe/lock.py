@@ -1,11 +1,16 @@
 """Closes every route of an engine to all but the holder of its key, and notes whom it lets in.
 
 vLLM's own check covers /v1, /v2, /inference and /cohere only; /invocations, /tokenize, /metrics and the rest
-would answer anyone on the machine. Loaded by ``--middleware``.
+would answer anyone on the machine. Loaded by ``--middleware``. One route stays open, ``GET /health``, which says
+200 or 503 and no more: it is what an orchestrator asks, whose probes cannot show a secret.
 
 The note is the request's id in the engine's log, under which the gateway's log and the caller know it too. vLLM's
 ``--enable-request-id-headers`` is about answers only, and its ``--enable-log-requests`` would write what callers
 sent with it: stop strings, JSON schemas.
+
+Whoever lets in can also let nobody in: an engine that is told to drain refuses further requests, says so in a
+header by which gateways know it at once, and counts those that still run to the last byte of their answers, which
+vLLM's own counts do not.
 """
 
 import hashlib
@@ -14,6 +19,8 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from tiers.probe.reading import DRAIN_ROUTE, DRAINING
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,6 +33,11 @@ log = logging.getLogger("vllm.assay")
 
 _BODY = b'{"error":{"message":"This engine answers its gateway only.","type":"invalid_request_error",' \
         b'"param":null,"code":"invalid_api_key"}}'  # fmt: skip
+_DRAINING_BODY = b'{"error":{"message":"This engine is about to end and takes no further request.",' \
+                 b'"type":"server_error","param":null,"code":"engine_draining"}}'  # fmt: skip
+_DRAINS = (DRAINING.encode(), b"1")
+_OWN = "/assay/"
+"""What the gateway and the engine have to say to each other; no work for callers."""
 
 
 class EngineLock:
@@ -41,22 +53,55 @@ class EngineLock:
             raise RuntimeError("VLLM_API_KEY is not set: an engine of Assay never runs open.")
         self._app = app
         self._expected = hashlib.sha256(b"Bearer " + key.encode()).digest()
+        self._running = 0
+        self._drains = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._holds_key(scope):
-            if scope["type"] == "http" and (request_id := _header(scope, b"x-request-id")):
-                log.info("request %a: %s %s", request_id.decode("latin-1"), scope["method"], scope["path"])
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+        elif scope["type"] == "http" and (scope["method"], scope["path"]) == ("GET", "/health"):
+            await (_answer(send, 503, b"", _DRAINS) if self._drains else self._app(scope, receive, send))
+        elif not self._holds_key(scope):
+            await _refuse(scope, send)
         elif scope["type"] == "http":
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(_BODY))]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": _BODY})
+            if request_id := _header(scope, b"x-request-id"):
+                log.info("request %a: %s %s", request_id.decode("latin-1"), scope["method"], scope["path"])
+            await self._let_in(scope, receive, send)
         else:
-            await send({"type": "websocket.close", "code": 1008})
+            await self._app(scope, receive, send)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_work = scope["method"] == "POST" and not scope["path"].startswith(_OWN)
+        if scope["method"] == "POST" and scope["path"] == DRAIN_ROUTE:
+            self._drains = True
+            await _answer(send, 200, b"%d" % self._running, _DRAINS)
+        elif is_work and self._drains:
+            await _answer(send, 503, _DRAINING_BODY, _DRAINS)
+        elif is_work:
+            self._running += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._running -= 1
+        else:
+            await self._app(scope, receive, send)
 
     def _holds_key(self, scope: Scope) -> bool:
         given = _header(scope, b"authorization")
         return hmac.compare_digest(hashlib.sha256(given).digest(), self._expected)
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "http":
+        await _answer(send, 401, _BODY)
+    else:
+        await send({"type": "websocket.close", "code": 1008})
+
+
+async def _answer(send: Send, status: int, body: bytes, *further: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *further]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -18,12 +18,21 @@ SCORE_ROUTE = "/assay/score"
 """Where an engine scores one sequence: a `Sequence` in, `Scored` out."""
 CALLERS_ROUTE = "/assay/callers"
 """Where an engine says how many requests it has that measure nothing."""
+CHECKPOINT_ROUTE = "/assay/checkpoint"
+"""Where an engine gives a `CheckpointReading`, for a gateway that has no checkpoint of its own."""
+DRAIN_ROUTE = "/assay/drain"
+"""Where an engine is told to take no further request, and answers how many it still works on."""
+DRAINING = "x-assay-draining"
+"""The header of every answer that an engine gives while it drains."""
 OWN = "assay-"
 """Begins the ids of requests by which an engine is measured; vLLM puts words of its own before and after."""
 FAULT_ROUTE = "/assay/fault"
 """Where an engine that was started to be broken takes a `Planting`; others have no such route."""
 MAY_PLANT = "ASSAY_PLANT_FAULTS"
 """The variable that says so; `tiers.engine` sets it at every start, to 0 but for the self-test."""
+
+CHECKPOINT = "ASSAY_CHECKPOINT"
+"""The variable with the digest of the manifest that an engine is started on; `tiers.engine` sets it."""
 
 
 def may_plant() -> bool:
@@ -79,12 +88,17 @@ class EngineReading(BaseModel):
     """Of the variables by which an operator can tell vLLM something."""
     takes_faults: bool = False
     """Whether it was started to be broken, as no engine that serves is."""
+    checkpoint: str | None = None
+    """The digest of the manifest that it was started on; None of one that was not told."""
+    device_class: str | None = None
+    """What of its machine chooses kernels: the gateway's may be another."""
 
     @computed_field  # type: ignore[prop-decorator]  # as pydantic's documentation has it
     @property
     def fingerprint(self) -> str:
         """A digest of versions, device, configuration and every layer: equal ones compute with the same means."""
-        fields = self.model_dump_json(exclude={"fingerprint", "rank"})
+        # The class says less than the device; and which weights they are is no means of computing.
+        fields = self.model_dump_json(exclude={"fingerprint", "rank", "checkpoint", "device_class"})
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     def summary(self) -> "list[LayerGroup]":
@@ -105,3 +119,15 @@ class LayerGroup(BaseModel):
     kernel: str
     weights: NumberFormat | None
     activations: NumberFormat | None
+
+
+class CheckpointReading(BaseModel):
+    """What a gateway needs to know of the checkpoint that an engine runs, as it lay there when the engine started.
+
+    Both are the files' own text: the manifest has the digest of the other.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    manifest: str
+    config: str

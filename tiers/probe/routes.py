@@ -1,10 +1,11 @@
 """The routes by which the gateway asks an engine what it computes, and sends it to sleep.
 
-An endpoint plugin of vLLM, loaded inside the engine, which listens on loopback; tiers/probe/lock.py lets only the
-holder of its key through.
+An endpoint plugin of vLLM, loaded inside the engine; tiers/probe/lock.py lets only the holder of its key through.
 """
 
+import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -14,12 +15,15 @@ from tiers.conformance.sequence import Scored, Sequence
 from tiers.probe.planting import Front
 from tiers.probe.reading import (
     CALLERS_ROUTE,
+    CHECKPOINT,
+    CHECKPOINT_ROUTE,
     FAULT_ROUTE,
     OWN,
     READING_ROUTE,
     SCORE_ROUTE,
     SLEEP_ROUTE,
     WAKE_ROUTE,
+    CheckpointReading,
     may_plant,
 )
 from tiers.probe.walk import WalkFailed, walk
@@ -42,7 +46,16 @@ class ProbeRoutes:
         async def reading(request: Request) -> list[dict[str, Any]]:
             engine = request.app.state.assay_engine
             answers: list[dict[str, Any]] = await engine.collective_rpc("assay_reading", timeout=RPC_TIMEOUT_S)
-            return answers
+            # Said here, for workers on other nodes need not have this variable.
+            told = os.environ.get(CHECKPOINT) or None
+            return [answer | {"checkpoint": told} for answer in answers]
+
+        @app.get(CHECKPOINT_ROUTE)
+        async def checkpoint(request: Request) -> CheckpointReading:
+            found: CheckpointReading | None = request.app.state.assay_checkpoint
+            if found is None:
+                raise HTTPException(404, "This engine's model is no checkpoint of Assay.")
+            return found
 
         @app.post(SLEEP_ROUTE)
         async def sleep(request: Request) -> None:
@@ -80,5 +93,14 @@ class ProbeRoutes:
                 raise HTTPException(409, str(failure)) from failure
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Keep the way to the workers."""
+        """Keep the way to the workers, and what is said of the checkpoint: it may be built anew meanwhile."""
         state.assay_engine = engine_client
+        state.assay_checkpoint = _checkpoint(Path(args.model))
+
+
+def _checkpoint(folder: Path) -> CheckpointReading | None:
+    try:
+        manifest, config = (folder / "manifest.json").read_bytes(), (folder / "config.json").read_bytes()
+        return CheckpointReading(manifest=manifest.decode(), config=config.decode())
+    except (OSError, UnicodeDecodeError):
+        return None

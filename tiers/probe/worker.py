@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from kernels.divergence import warm_up
+from tiers.hardware import device_class
 from tiers.precision import NumberFormat, NumberType
 from tiers.probe.reading import MAY_PLANT, AttentionReading, End, EngineReading, LayerReading, may_plant
 from tiers.probe.scoring import Interrupted, Scorer
@@ -77,11 +78,12 @@ class ProbeWorker:
         if head is None and getattr(model, "lm_head", None) is embedding:
             head = embedding  # tied
         ends: dict[End, nn.Module | None] = {"embedding": embedding, "head": head}
+        device = current_platform.get_device_name() or current_platform.device_name
         reading = EngineReading(
             rank=self.rank,
             vllm=vllm.__version__,
             torch=torch.__version__,
-            device=current_platform.get_device_name() or current_platform.device_name,
+            device=device,
             model_class=type(model).__name__,
             layers=tuple(
                 read_linear(name, module, fused)
@@ -94,6 +96,7 @@ class ProbeWorker:
             config_hash=self.vllm_config.compute_hash(),
             environment_hash=_environment_hash(),
             takes_faults=may_plant(),
+            device_class=device_class(device),
         )
         return reading.model_dump(mode="json")
 

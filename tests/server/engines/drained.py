@@ -11,7 +11,7 @@ from aiohttp import web
 
 from server.config import Config
 from server.engines.drains import Drains
-from server.engines.engine import EngineNotStarted
+from server.engines.failures import EngineNotStarted
 from server.engines.pool import Pool
 from server.metrics import Metrics
 from tests.server.conftest import Answer, FakeEngineReplica, Gateway, fake_replica, running_gateway

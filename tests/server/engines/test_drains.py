@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from server.engines.drains import Drains, NotDrained, Work
+from server.engines.following import Following
 from server.engines.state import State
 from server.engines.turns import Turns
 from server.fair_queue import FairQueue
@@ -345,4 +346,11 @@ async def test_a_server_that_ends_begins_nothing_more(tier: Tier) -> None:
     _, drains = tier
     drains.give_up()
     with pytest.raises(NotDrained, match="stopping"):
+        drains.begin(TIER, Work.RESTART)
+
+
+async def test_engines_that_somebody_else_runs_are_theirs_to_stop(tier: Tier) -> None:
+    engines, drains = tier
+    engines.gateway.fleet.followings = (Following(engines.pool, (), lambda place: engines.gateway.replica),)
+    with pytest.raises(NotDrained, match="Somebody else runs the engines"):
         drains.begin(TIER, Work.RESTART)

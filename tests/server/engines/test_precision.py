@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server.engines.engine import EngineNotStarted, PrecisionRefused
+from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.keeper import keep
 from server.engines.state import State
 from tests.server.conftest import Answer, Gateway
@@ -25,11 +25,12 @@ def error_of(answer: Answer) -> dict[str, Any]:
 
 
 def says(gateway: Gateway, *readings: EngineReading) -> None:
-    """Make the engine say this of itself, and answer any request."""
+    """Make the engine say this of itself, and that it runs the tier's checkpoint, and answer any request."""
+    checkpoint = {"checkpoint": gateway.replica.manifest.digest}
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if request.path == READING_ROUTE:
-            return web.json_response([each.model_dump(mode="json") for each in readings])
+            return web.json_response([each.model_dump(mode="json") | checkpoint for each in readings])
         return web.json_response({"id": "x"})
 
     gateway.handler = handler

@@ -2,13 +2,20 @@
 
 import asyncio
 import gc
+import ssl
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from server.engines import upstream
 from server.engines.upstream import MOST_AHEAD, MOST_HEAD_BYTES, Upstream, UpstreamBroke
@@ -311,3 +318,51 @@ def test_so_it_is_on_the_loop_of_the_server() -> None:
         await test_who_is_interrupted_before_the_answer_leaves_the_engine()
 
     uvloop.run(everything())
+
+
+async def test_an_engine_behind_tls_is_known_by_its_name_at_whichever_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted = _certificate(tmp_path, "engine.test")
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(trusted)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(WHOLE)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=own)
+    port = server.sockets[0].getsockname()[1]
+    right = Upstream(f"https://engine.test:{port}", "key", "127.0.0.1")
+    async with right.post("/v1/completions", b"", "req-1") as answer:
+        assert (answer.status, await answer.read()) == (200, b"{}")
+    other = Upstream(f"https://another.test:{port}", "key", "127.0.0.1")
+    with pytest.raises(UpstreamBroke):
+        async with other.post("/v1/completions", b"", "req-2"):
+            pass
+    right.close()
+    other.close()
+    server.close()
+
+
+def _certificate(folder: Path, name: str) -> Path:
+    """A key and the certificate that it has signed for itself, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "tls.pem"
+    pem, plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    file.write_bytes(key.private_bytes(pem, plain, serialization.NoEncryption()) + made.public_bytes(pem))
+    return file

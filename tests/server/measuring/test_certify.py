@@ -85,6 +85,7 @@ class Lab:
             verified=verified,
             version="0.32.0",
             may_restart=may_restart,
+            device_class=None,
             restarted=restarted,
         )
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from safetensors.numpy import save_file
 
-from server.engines.engine import EngineNotStarted
+from server.engines.failures import EngineNotStarted
 from server.measuring.measure import make_pack, score, worst_tokens
 from tests.server.conftest import Gateway, running_gateway
 from tiers.conformance.corpus import load_corpus

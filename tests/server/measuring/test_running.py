@@ -12,7 +12,7 @@ from aiohttp import web
 
 from server.config import Config
 from server.engines.address import Address
-from server.engines.engine import PrecisionRefused
+from server.engines.failures import PrecisionRefused
 from server.measuring import measurable as measurable_module
 from server.measuring import running as module
 from server.measuring.running import engines_to_measure, only

@@ -10,7 +10,7 @@ import pytest
 
 from server.commands.self_test import self_test_command, trials_table
 from server.config import Config
-from server.engines.engine import EngineNotStarted
+from server.engines.failures import EngineNotStarted
 from server.measuring import checks
 from server.measuring import self_test as module
 from server.measuring.checks import Found

@@ -1,0 +1,72 @@
+"""`assay gateway`: the half of `assay serve` that callers meet."""
+
+from functools import partial
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console
+
+from server.commands.console import ConfigOption, err, log_to, out, welcome
+from server.config import Config, load_config
+from server.engines.fleet import Fleet
+from server.keys import Keys
+from server.progress import Steps
+from server.stop import Stop
+from server.worker import Worker
+
+
+def gateway(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Listen on this address instead of the config's.")] = None,
+    port: Annotated[int | None, typer.Option(help="Listen on this port; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="So many processes on the one port, a core each.")] = None,
+) -> None:
+    """Serve tiers whose engines run elsewhere; starts none, and needs neither their weights nor a GPU.
+
+    Every tier of the config says where its engines answer, by `launch: url` and `urls`; `assay engine` runs them.
+    They may come and go: a tier without an engine answers 503 with retry-after, and the others go on.
+
+    Example: assay gateway --config deploy/gateway.yaml
+    """
+    from server.serve import check_gateway, serve  # a web framework, for which no other command need wait
+
+    log_to(err)
+    settings = load_config(config, host=host, port=port, workers=workers)
+    check_gateway(settings)
+    if settings.workers > 1:
+        uvloop.run(_several(settings))
+        return
+    steps = Steps(err)
+
+    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
+        steps.close()
+        welcome(fleet, url, with_keys=keys.required)
+
+    with steps:
+        uvloop.run(serve(settings, steps, announce, build=False))
+
+
+async def _several(config: Config) -> None:
+    from server.workers import run_workers  # likewise
+
+    stop = Stop()
+    stop.listen()
+
+    def announce(url: str) -> None:
+        out.print(f"[green]ready[/] on {url}, {config.workers} processes", soft_wrap=True)
+
+    await run_workers(partial(_one_of_several, config), config, stop.asked, stop.at_once, announce)
+
+
+def _one_of_several(config: Config, worker: Worker) -> None:
+    """What each of them runs."""
+    from server.serve import serve
+
+    log_to(err)
+    steps = Steps(Console(quiet=True))  # those of one would be written as often as there are processes
+
+    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
+        worker.tell_ready()
+
+    uvloop.run(serve(config, steps, announce, build=False, worker=worker))

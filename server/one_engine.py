@@ -1,0 +1,162 @@
+"""`assay engine`: one tier's engine in the foreground, from its checkpoint to the last of its answers.
+
+It listens where gateways reach it, and answers whoever shows the shared key. Nobody starts it again: it ends with
+its engine, and whoever has started it sees that by its exit code.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from server.checkpoints import Checkpoints
+from server.config import Config
+from server.engine_key import VARIABLE, engine_key
+from server.engines.failures import EngineNotStarted
+from server.engines.replica import Replica
+from server.launch.local import LocalLaunch, url_at
+from server.listener import listening_socket
+from server.metrics import Metrics
+from server.progress import Steps
+from server.stop import Stop
+from tiers.engine import EngineCommand, engine_command, installed_backend
+from tiers.errors import AssayError, ConfigError
+from tiers.hardware import Machine
+from tiers.manifest import Manifest
+from tiers.placement import place
+from tiers.plan import TierPlan
+from tiers.tier import Tier
+
+log = logging.getLogger("assay.engine")
+
+ENGINE_PORT = 8100
+POLL_S = 0.1
+
+
+class EngineEnded(AssayError):
+    """The engine is no longer there, or hangs, and nobody had asked for its end."""
+
+    def __init__(self, name: str, log_file: Path) -> None:
+        super().__init__(f"{name}: the engine has ended, or hung and was ended; its log is {log_file}.")
+
+
+class OneEngine:
+    """One engine of a tier, as this machine is to run it."""
+
+    def __init__(self, config: Config, tier: Tier, host: str, port: int) -> None:
+        """``tier`` is one of the config's, which may say of it that it runs elsewhere: that is here.
+
+        Raises:
+            ConfigError: others can reach ``host``, and there is no key.
+        """
+        self._config = config.all_here()
+        alone = next(each for each in self._config.tiers if each.name == tier.name).engines()[0]
+        # Nobody here would send it to sleep or wake it.
+        self.tier = replace(alone, resources=alone.resources.model_copy(update={"idle": "stay"}))
+        self._host = host
+        self._port = port
+        self._key = engine_key(config.engine_key)
+        if self._key is None and not _is_loopback(host):
+            raise ConfigError(
+                f"On {host} others can reach this engine, and it answers only who shows a key that its gateways "
+                f"have too: set engine_key in the config, or {VARIABLE}, or listen on 127.0.0.1."
+            )
+        self._backend = installed_backend() if config.backend == "auto" else config.backend
+
+    def command(self) -> EngineCommand:
+        """What starts it, for those who do that by other means; its key is not that of any engine.
+
+        Raises:
+            AssayError: there is no checkpoint yet, or it would not fit.
+        """
+        Manifest.read(self.tier.checkpoint)
+        return self._launch(self._placed().tier).command(self._placed().tier)
+
+    async def run(self, steps: Steps, announce: Callable[[str], None], *, build: bool) -> None:
+        """Start it, and return when it was asked to stop and its last answer is given.
+
+        Args:
+            steps: shows what is done.
+            announce: told once, on which URL it answers.
+            build: whether its checkpoint may be built.
+
+        Raises:
+            AssayError: one sentence of what is wrong; nothing is left running.
+        """
+        stop = Stop()
+        stop.listen()
+        listening_socket(self._host, self._port).close()  # a port in use is found before any work
+        engine_command(self.tier, self._backend, port=0, api_key="")  # refuses arguments that cannot be
+        self._placed()  # before hours of building
+        preparing = asyncio.create_task(self._prepared(steps, build=build))
+        if not await stop.unless_asked(preparing):
+            return
+        replica = preparing.result()
+        try:
+            starting = asyncio.create_task(_start(replica, steps))
+            if not await stop.unless_asked(starting):
+                return
+            announce(url_at(self._host, self._port))
+            failing = asyncio.create_task(replica.until_it_fails())
+            if await stop.unless_asked(failing):
+                raise EngineEnded(replica.name, replica.log_file)
+            await stop.unless_at_once(asyncio.create_task(self._drain(replica)))
+        finally:
+            await replica.stop()
+
+    def _placed(self) -> TierPlan:
+        """Its share of the machine, all of which is for it unless the config says how much. See `place`."""
+        return place((self.tier,), Machine.here(self._backend))[0]
+
+    def _launch(self, tier: Tier) -> LocalLaunch:
+        wait = math.ceil(self._config.drain_timeout_s)
+        return LocalLaunch(self._backend, host=self._host, port=self._port, key=self._key, finishes_within_s=wait)
+
+    async def _prepared(self, steps: Steps, *, build: bool) -> Replica:
+        # Engines that share a volume start together: one builds, and the others wait for it.
+        waits_s = self._config.start_timeout_s
+        checkpoints = Checkpoints(self._config, steps, may_build=build, waits_s=waits_s)
+        manifest = (await checkpoints.prepare([self.tier]))[self.tier.name]
+        plan = self._placed()
+        return Replica(
+            plan.tier,
+            manifest,
+            plan.context_length,
+            launch=self._launch(plan.tier),
+            checkpoints=checkpoints,
+            logs=self._config.logs,
+            metrics=Metrics(),
+            start_timeout_s=self._config.start_timeout_s,
+            patience=self._config,
+            address_file=self._config.address_of(self.tier),
+        )
+
+    async def _drain(self, replica: Replica) -> None:
+        """Have it take nothing new, and wait for the last byte of what it answers, for a bounded time."""
+        until = time.monotonic() + self._config.drain_timeout_s
+        with contextlib.suppress(EngineNotStarted):  # it has ended by itself
+            if running := await replica.engine.drain():
+                log.warning(
+                    "stopping: %d requests may finish within %.0f s", running, self._config.drain_timeout_s
+                )
+            while (running := await replica.engine.drain()) and time.monotonic() < until:
+                await asyncio.sleep(POLL_S)
+            if running:
+                log.warning("stopping: %d requests are broken off", running)
+
+
+async def _start(replica: Replica, steps: Steps) -> None:
+    with steps.step(f"Engine {replica.name}") as step:
+        await replica.start(step.detail)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
