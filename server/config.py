@@ -9,7 +9,9 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from server.engines.vitals import Patience
+from server.logs import LOG_FORMAT, LogFormat
 from server.model_config import ModelConfig, TierConfig, embedded
+from server.tracing.settings import TracingConfig
 from tiers.conformance.budget import PUBLISHED, Budget
 from tiers.errors import ConfigError
 from tiers.recipe import find_recipe
@@ -110,6 +112,16 @@ class Config(Patience):
         default="quick",
         description="Whether tiers that no certificate speaks of are measured in the background while they serve, "
         "letting their callers go first: by the few prompts of `assay certify --quick`, or by all.",
+    )
+    log_format: LogFormat = Field(
+        default="text",
+        description="How the log is written: for people, or a JSON object a line. ASSAY_LOG_FORMAT overrides it.",
+    )
+    access_log: bool = Field(
+        default=False, description="Whether the log has a line for every request: never what it asked."
+    )
+    tracing: TracingConfig | None = Field(
+        default=None, description="Where OpenTelemetry's traces of requests are sent; without it there are none."
     )
     models: tuple[ModelConfig, ...] = Field(default_factory=embedded, min_length=1, description="What is served.")
 
@@ -269,7 +281,7 @@ def choose_tiers(config: Config, names: list[str] | None) -> list[Tier]:
 def load_config(path: Path | None, **overrides: Any) -> Config:
     """The configuration in ``path``, or the embedded model's.
 
-    ``ASSAY_HOME`` in the environment and overrides that are not None win over the file.
+    ``ASSAY_HOME`` and ``ASSAY_LOG_FORMAT`` in the environment and overrides that are not None win over the file.
 
     Raises:
         ConfigError: one sentence with the file, the field and what is wrong with it.
@@ -277,6 +289,8 @@ def load_config(path: Path | None, **overrides: Any) -> Config:
     fields = _read_yaml(path) if path else {}
     if home := os.environ.get("ASSAY_HOME"):
         fields["home"] = home
+    if log_format := os.environ.get(LOG_FORMAT):
+        fields["log_format"] = log_format
     fields |= {name: value for name, value in overrides.items() if value is not None}
     try:
         return Config.model_validate(fields)

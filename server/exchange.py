@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from server.errors import BodyTooLarge, BodyTooSlow, Refusal, envelope, error_event
+from server.record import Record
+from server.tracing.trace import UNTRACED, Trace
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -20,12 +22,21 @@ WHEN_GONE = "assay.when_gone"
 ASGI's own way is a task for each request that waits for a message, and mostly has to be cancelled.
 """
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+OTHER = "_OTHER"
+"""In place of a method, or of a path, that nobody knows: it would be the caller's words."""
+
 _EVENTS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
 _COMMENT = b": still working\n\n"
+
+
+def known_method(method: str) -> str:
+    """The method, for logs and traces."""
+    return method if method in METHODS else OTHER
 
 
 class ClientLeft(Exception):
@@ -39,11 +50,14 @@ class Reply:
     its body began.
     """
 
-    def __init__(self, send: Send, when_gone: Callable[[Tell], None], request_id: str) -> None:
+    def __init__(
+        self, send: Send, when_gone: Callable[[Tell], None], request_id: str, trace: Trace = UNTRACED
+    ) -> None:
         self._send = send
         self.when_gone = when_gone
         """Given a function, calls it once there is nobody left to answer."""
         self.request_id = request_id
+        self.record = Record(request_id, trace)
         self.request_began = time.monotonic()
         self.headers: Headers = [(b"x-request-id", request_id.encode())]
         self.status: int | None = None

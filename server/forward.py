@@ -98,7 +98,7 @@ async def _at_one_of(
     while True:
         replica = pool.pick(errand.work, tried)
         try:
-            with replica.load.take(errand.work) as burden:
+            with replica.load.take(errand.work) as burden, reply.record.trace.attempt(replica):
                 return await work(replica, burden)
         except (UpstreamBroke, BrokenOff, EngineBroke) as error:
             if errand.format.form and isinstance(error, AnswerGivenUp):
@@ -120,7 +120,7 @@ async def _at_one_of(
 async def _at(replica: Replica, burden: Burden, errand: Errand, reply: Reply, listener: Listener) -> bytes | None:
     async with (
         replica.slot() as upstream,
-        upstream.post(errand.path, errand.body, errand.request_id) as answer,
+        upstream.post(errand.path, errand.body, errand.request_id, reply.record.trace.header) as answer,
     ):
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)

@@ -45,7 +45,8 @@ class Layout:
         engines = [engine for plan in plans for engine in plan.tier.engines()]
         turns = _turns(engines, self._config.idle_after_s)
         locks = {gpu: asyncio.Lock() for engine in engines for gpu in engine.resources.gpus}
-        launch = LocalLaunch(backend, takes_faults=self._takes_faults)
+        traces_url = self._config.tracing.traces_url if self._config.tracing else None
+        launch = LocalLaunch(backend, takes_faults=self._takes_faults, traces_url=traces_url)
 
         def replica(plan: TierPlan, number: int, engine: Tier) -> Replica:
             return self._replica(

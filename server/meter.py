@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter, Histogram
 
 from server.answer import Usage
+from server.call import Call
 from server.errors import Refusal
 from server.exchange import Reply
+from server.record import CLIENT_LEFT, code_of
 from server.series import PROVIDER
 
 if TYPE_CHECKING:
@@ -17,15 +19,8 @@ if TYPE_CHECKING:
 NO_TIER = "none"
 CLIENT_CLOSED_REQUEST = "499"
 """Nobody gets this status; it is how the metrics tell callers who left, after nginx's custom."""
-CLIENT_LEFT = "client_left"
-"""What such a request ended with, among the codes of errors."""
 INTERNAL_ERROR = "internal_error"
 """What it ended with if nobody knows better."""
-
-
-def code_of(refusal: Refusal) -> str:
-    """What kind of error it is: its code, or OpenAI's type where that has to do."""
-    return refusal.code or refusal.type
 
 
 class Meter:
@@ -99,8 +94,8 @@ class Course:
     """
 
     __slots__ = (
-        *("_code", "_first_token", "_metrics", "_operation", "_reply", "_status"),
-        *("choices", "streams", "tier", "usage"),
+        *("_code", "_first_token", "_metrics", "_operation", "_reply", "_status", "_usage"),
+        *("choices", "streams", "tier"),
     )
 
     def __init__(self, metrics: "Metrics", operation: str | None, reply: Reply) -> None:
@@ -114,16 +109,26 @@ class Course:
         """Once it is known."""
         self.streams = False
         self.choices = 1
-        self.usage: Usage | None = None
-        """Once the engine has counted."""
+        self._usage: Usage | None = None
+
+    def found(self, call: Call, tier: str) -> None:
+        """It is for this tier."""
+        self.tier = self._reply.record.tier = tier
+        self.streams, self.choices = call.streams, call.choices
+
+    def used(self, usage: Usage | None) -> None:
+        """The engine has counted so many tokens, if it came so far."""
+        self._usage = self._reply.record.usage = usage
 
     def refused(self, refusal: Refusal) -> None:
         """It ends with this error, which is still to be sent."""
+        self._reply.record.refused(refusal)
         self._code, self._status = code_of(refusal), refusal.status
         self._first_token = self._reply.body_began  # before the error's own event begins a body
 
     def left(self) -> None:
         """Its caller has."""
+        self._reply.record.left()
         self._code, self._status = CLIENT_LEFT, CLIENT_CLOSED_REQUEST
         self._first_token = self._reply.body_began
         self._metrics.left.labels(self.tier).inc()
@@ -139,8 +144,8 @@ class Course:
             return
         operation = meter.operation(self._operation)
         operation.ended(code, now - reply.request_began)
-        if self.usage is not None:
-            operation.used(self.usage)
+        if self._usage is not None:
+            operation.used(self._usage)
         if self.streams and reply.status == 200:
             self._tell_pace(operation, now, self._first_token if code else reply.body_began, code)
 
@@ -148,7 +153,7 @@ class Course:
         if first_token is None:
             return
         operation.first_token.observe(first_token - self._reply.request_began)
-        if not code and self.usage is not None:
-            after_first = self.usage.answer / self.choices - 1
+        if not code and self._usage is not None:
+            after_first = self._usage.answer / self.choices - 1
             if after_first > 0:
                 operation.per_token.observe((now - first_token) / after_first)

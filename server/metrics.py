@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 
 from server import series
 from server.errors import EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong, TierUnavailable
-from server.meter import CLIENT_CLOSED_REQUEST, CLIENT_LEFT, Meter
+from server.meter import CLIENT_CLOSED_REQUEST, Meter
+from server.record import CLIENT_LEFT
 from tiers.conformance.scores import PHASES, Phase
 
 _FAILURES = (EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong)

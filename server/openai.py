@@ -155,7 +155,8 @@ class Endpoint:
                 call = read_call(body, self._path.kind)
                 call.check()
                 pool = self._routes.resolve(call.model)
-                course.tier, course.streams, course.choices = pool.tier.name, call.streams, call.choices
+                course.found(call, pool.tier.name)
+                reply.record.trace.asked(call, body, course.tier)
                 self._hold_to_tier(call, pool, key)
                 standing = self._gate.standing(pool)
                 reply.headers += self._tier_headers[pool, standing.verdict]
@@ -201,23 +202,28 @@ class Endpoint:
         answer_format = _Format(self._path, call, prompt_guess)
         sent = call.for_engine(body, key.name if key else "", reply.request_id)
         errand = Errand(self._path.path, sent, reply.request_id, answer_format)
+        trace = reply.record.trace
         if not answer_format.generates:
+            trace.waits()
             async with self._admission.tokenizer(key, pool):
+                trace.admitted()
                 whole = await forward(errand, pool, reply, watch, self._metrics)
         else:
             await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
             if len(pool.replicas) > 1:
                 errand = replace(errand, work=_work(call, pool, prompt_guess))
             try:
+                trace.waits()
                 async with self._admission.place(key, pool, call.choices):
                     self._gate.check(pool, self._gate.standing(pool))  # it may have waited for another engine
+                    trace.admitted()
                     await self._hold_prompt_to_tier(errand, pool, reply)
                     whole = await forward(errand, pool, reply, watch, self._metrics)
             finally:
                 account.tokens = answer_format.tokens
-                course.usage = answer_format.usage
-                if course.usage:
-                    pool.answered(course.usage.answer)
+                course.used(answer_format.usage)
+                if answer_format.usage:
+                    pool.answered(answer_format.usage.answer)
         if whole is not None:
             await reply.whole(200, whole)  # the place is another's by now: this caller may read slowly
 

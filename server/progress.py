@@ -1,5 +1,6 @@
-"""Named steps with their time: live on a terminal, one quiet line for each elsewhere."""
+"""Named steps with their time: live on a terminal, a quiet line each elsewhere, or lines of a JSON log."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, Text
 from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
+
+from server.logs import writes_json
+
+log = logging.getLogger("assay.steps")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Steps(AbstractContextManager["Steps"]):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self._logs = writes_json()
         self._display = (
             Progress(
                 SpinnerColumn(finished_text="[green]✓[/]"),
@@ -58,7 +64,7 @@ class Steps(AbstractContextManager["Steps"]):
                 console=self.console,
                 expand=True,
             )
-            if self.console.is_terminal
+            if self.console.is_terminal and not self._logs
             else None
         )
 
@@ -87,7 +93,9 @@ class Steps(AbstractContextManager["Steps"]):
         """Time the block under ``name``; a block that raises is shown as failed."""
         started = time.monotonic()
         task = self._display.add_task(escape(name), total=1, detail="", share=None) if self._display else None
-        if self._display is None:
+        if self._logs:
+            log.info("%s", name, extra={"step": "begun"})
+        elif self._display is None:
             self.console.print(f"[dim]…[/] {escape(name)}")
         try:
             yield Step(self._display, task)
@@ -97,8 +105,12 @@ class Steps(AbstractContextManager["Steps"]):
         self._finish(task, name, started, mark="[green]✓[/]")
 
     def _finish(self, task: TaskID | None, name: str, started: float, mark: str) -> None:
-        if self._display is None or task is None:
-            self.console.print(f"{mark} {escape(name)} ({time.monotonic() - started:.1f} s)")
+        seconds = time.monotonic() - started
+        if self._logs:
+            level, how = (logging.ERROR, "failed") if "red" in mark else (logging.INFO, "done")
+            log.log(level, "%s", name, extra={"step": how, "seconds": round(seconds, 1)})
+        elif self._display is None or task is None:
+            self.console.print(f"{mark} {escape(name)} ({seconds:.1f} s)")
         elif "red" in mark:
             self._display.update(task, description=f"{mark} {escape(name)}", detail="failed")
             self._display.stop_task(task)

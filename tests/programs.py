@@ -10,6 +10,10 @@ PACKAGES = {
     "kubectl": "kubernetes-client",
     "promtool": "prometheus",
     "redis-server": "redis-server",
+    "setpriv": "util-linux",
+    "systemd-analyze": "systemd",
+    "tini": "tini",
+    "unshare": "util-linux",
 }
 """Debian's, by program."""
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from tiers.errors import ConfigError
 from tiers.hardware import GIB
@@ -77,6 +78,7 @@ def engine_command(
     host: str = LOOPBACK,
     finishes_within_s: int = 0,
     takes_faults: bool = False,
+    traces_url: str | None = None,
 ) -> EngineCommand:
     """The command that serves ``tier`` on one port, to nobody but the holder of ``api_key``.
 
@@ -88,6 +90,7 @@ def engine_command(
         host: the address it listens on.
         finishes_within_s: how long vLLM itself lets running requests take when it gets SIGTERM.
         takes_faults: whether the engine is there to be broken, for the self-test.
+        traces_url: where it sends its spans of requests that the gateway traces, by OTLP over HTTP.
 
     Raises:
         ConfigError: ``engine_args`` names an argument that Assay sets itself.
@@ -139,6 +142,8 @@ def engine_command(
         # The least of this, of what is asked for and of what the prompt leaves counts (vLLM's get_max_tokens). The
         # checkpoint's own generation_config.json is read as ever: this one field is laid over it.
         options["override-generation-config"] = json.dumps({"max_new_tokens": resources.max_output_tokens})
+    if traces_url is not None:
+        options["otlp-traces-endpoint"] = traces_url
     options |= _tools(tier.checkpoint)
     further = dict(_positive(name, value) for name, value in resources.engine_args.items())
     for name in further:
@@ -158,6 +163,8 @@ def engine_command(
         else:
             arguments.append(f"--{name}={value}")
     told = {MAY_PLANT: "1" if takes_faults else "0", CHECKPOINT: _digest(tier.checkpoint)}
+    if traces_url is not None:
+        told |= _tracing(tier)
     return EngineCommand(tuple(arguments), _environment(tier, backend, api_key) | told, port, api_key)
 
 
@@ -207,6 +214,18 @@ def gpu_environment(tier: Tier) -> dict[str, str]:
 def _environment(tier: Tier, backend: Backend, api_key: str) -> dict[str, str]:
     # In the environment, not in the arguments, which every user of the machine may read.
     return {"VLLM_API_KEY": api_key} | vllm_environment(tier, backend)
+
+
+def _tracing(tier: Tier) -> dict[str, str]:
+    """What OpenTelemetry's SDK and vLLM's exporter read; headers for the collector come from the parent's."""
+    about = (os.environ.get("OTEL_RESOURCE_ATTRIBUTES"), f"assay.tier={quote(tier.name, safe='')}")
+    return {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # vLLM's own choice is gRPC
+        # What the gateway asks for itself, such as probes, has no trace and is to begin none.
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "OTEL_SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "assay-engine"),
+        "OTEL_RESOURCE_ATTRIBUTES": ",".join(each for each in about if each),
+    }
 
 
 def vllm_environment(tier: Tier, backend: Backend) -> dict[str, str]:

@@ -16,8 +16,11 @@ from rich.markup import escape
 from server.commands.tables import show, table
 from server.config import load_config
 from server.engines.fleet import Fleet
+from server.logs import JsonHandler, LogFormat, TextFormatter, format_asked_for, log_by, writes_json
 from tiers.errors import AssayError, ConfigError
 from tiers.tier import TierKind
+
+log = logging.getLogger("assay")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -48,16 +51,26 @@ def configured_models(context: typer.Context, incomplete: str) -> list[str]:
     return [each.name for each in settings.models if each.name.lower().startswith(incomplete.lower())]
 
 
-def log_to(console: Console) -> None:
-    """Send warnings there, in colour on a terminal, with a time elsewhere."""
+def log_to(console: Console, log_format: LogFormat | None = None) -> None:
+    """Send warnings there: in colour on a terminal, with a time elsewhere, or as JSON."""
+    if (log_format or format_asked_for()) == "json":
+        log_by(JsonHandler(console.file))
+        return
     handler: logging.Handler = (
         RichHandler(console=console, show_path=False)
         if console.is_terminal
         else logging.StreamHandler(console.file)
     )
-    if not console.is_terminal:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    handler.setFormatter(TextFormatter(with_time=not console.is_terminal))
+    log_by(handler)
+
+
+def complain(error: AssayError) -> None:
+    """Say why the command ends."""
+    if writes_json():
+        log.critical("%s", error)
+    else:
+        err.print(f"[red]assay:[/] {escape(str(error))}", soft_wrap=True)
 
 
 def fetch(url: str, key: str | None = None) -> Any:
@@ -86,6 +99,10 @@ def fetch(url: str, key: str | None = None) -> Any:
 
 def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
     """Which names are served and which are not, to whom, and a command to try."""
+    if writes_json():
+        names = {pool.tier.name: pool.can_answer for pool in fleet.pools}
+        log.info("ready on %s", url, extra={"url": url, "tiers": names, "asks_for_keys": with_keys})
+        return
     rows = table("model name", "precision", "recipe", "checkpoint", "verified")
     for pool in fleet.pools:
         manifest = pool.manifest

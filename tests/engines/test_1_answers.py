@@ -173,6 +173,18 @@ def test_engines_answer_nobody_but_the_gateway(assay: Server) -> None:
         assert refusal.value.code == 401, path
 
 
+def test_vllm_counts_its_queue_under_the_first_of_an_engines_names(assay: Server) -> None:
+    """By which deploy/kubernetes scales engines: of the Reference tier that is the model's plain name."""
+    for tier, name in (("Reference", MODEL), ("Turbo", f"{MODEL}-Turbo")):
+        key = assay.engine(tier)[0].environ()["VLLM_API_KEY"]
+        headers = {"Authorization": f"Bearer {key}"}
+        url = f"http://127.0.0.1:{assay.engine_port(tier)}/metrics"
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        (waiting,) = (line for line in lines if line.startswith("vllm:num_requests_waiting{"))
+        assert f'model_name="{name}"' in waiting
+
+
 def test_engines_listen_on_loopback_only(assay: Server) -> None:
     processes = psutil.Process(assay.process.pid).children(recursive=True)
     listening = [c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]

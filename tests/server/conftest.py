@@ -139,6 +139,7 @@ class Gateway:
     fleet: Fleet = field(default_factory=lambda: Fleet([]))
     seen: list[web.Request] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    pool: Pool | None = None
 
     async def post(
         self,
@@ -287,7 +288,7 @@ async def running_gateway(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
         app = build_app(config, fleet, Keys(config.keys_file), metrics, scrape)
-    made = Gateway(app, replica, metrics, fleet=fleet)
+    made = Gateway(app, replica, metrics, pool=pool, fleet=fleet)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)

@@ -151,6 +151,23 @@ def test_only_the_self_test_starts_an_engine_that_can_be_broken(monkeypatch: pyt
     assert "--enforce-eager" in broken.arguments, "what is compiled cannot be broken"
 
 
+def test_an_engine_sends_spans_only_where_the_gateway_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=one")
+    plain = engine_command(tier(), "cpu", 1, "k")
+    assert not any("otlp" in argument for argument in plain.arguments)
+    assert not any(name.startswith("OTEL") for name in plain.environment)
+    traced = engine_command(tier(), "cpu", 1, "k", traces_url="http://collector:4318/v1/traces")
+    assert "--otlp-traces-endpoint=http://collector:4318/v1/traces" in traced.arguments
+    assert {name: value for name, value in traced.environment.items() if name.startswith("OTEL")} == {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "OTEL_SERVICE_NAME": "assay-engine",
+        "OTEL_RESOURCE_ATTRIBUTES": f"host.name=one,assay.tier={tier().name}",
+    }
+
+
 def test_an_operators_own_thread_binding_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-31")
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")

@@ -1,0 +1,236 @@
+"""The Compose file is what the specification allows, what it names is there, and little of it is open."""
+
+import json
+import re
+import runpy
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from server.config import Config
+from tiers.tier import TierKind
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "compose"
+COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+ENGINES = ("reference", "turbo", "lite")
+JOBS = ("checkpoints",)
+EYES = (ROOT / "deploy" / "prometheus", ROOT / "deploy" / "grafana")
+HEALTHCHECK = ROOT / "deploy" / "image" / "healthcheck.py"
+
+
+def without_variables(value: str) -> str:
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+
+
+def running(profile: str) -> dict[str, dict[str, Any]]:
+    """What starts under a profile."""
+    return {name: each for name, each in SERVICES.items() if profile in each.get("profiles", [profile])}
+
+
+def seconds(duration: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([smh])", duration).groups()  # type: ignore[union-attr]
+    return int(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+
+
+def test_it_is_what_the_compose_specification_allows() -> None:
+    schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    assert [error.message for error in validator.iter_errors(COMPOSE)] == []
+    wrong = COMPOSE | {"services": {"gateway": {"image": "assay", "restarts": "always"}}}
+    assert list(validator.iter_errors(wrong)), "it would take anything"
+
+
+def test_every_image_that_is_not_ours_is_pinned() -> None:
+    images = {each["image"] for name, each in SERVICES.items() if name not in OURS}
+    assert images
+    assert all(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image) for image in images)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_targets_of_the_dockerfile_under_their_names(name: str) -> None:
+    build, image = OURS[name]["build"], without_variables(OURS[name]["image"])
+    assert (FOLDER / build["context"]).resolve() == ROOT
+    assert image == f"assay:{build['target']}"
+    assert f" AS {build['target']}\n" in (ROOT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_can_write_to_its_volumes_only_and_has_no_privileges(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "privileged" not in service
+    assert name in OURS or re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"]), "nobody is root"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_is_published_is_on_loopback(name: str) -> None:
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", ()))
+
+
+@pytest.mark.parametrize("name", [name for name in SERVICES if name not in JOBS])
+def test_what_runs_is_started_again_and_looked_after(name: str) -> None:
+    service = SERVICES[name]
+    assert service["restart"] == "unless-stopped"
+    # The gateway's is the image's own.
+    assert "healthcheck" in service or service["command"][0] == "gateway"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_nothing_starts_before_what_it_needs_is_well(name: str) -> None:
+    for other, how in SERVICES[name].get("depends_on", {}).items():
+        expected = "service_completed_successfully" if other in JOBS else "service_healthy"
+        assert how == {"condition": expected}
+        assert set(SERVICES[other].get("profiles", ())) <= set(SERVICES[name].get("profiles", ()))
+
+
+def test_engines_on_one_card_start_one_after_the_other_and_the_gateway_after_all() -> None:
+    order = [next(iter(SERVICES[name]["depends_on"])) for name in ENGINES]
+    assert order == ["checkpoints", *ENGINES[:-1]]
+    assert set(SERVICES["gateway"]["depends_on"]) == set(ENGINES)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_has_the_gpu_and_room_for_its_processes_and_only_the_gateway_reaches_it(name: str) -> None:
+    engine = SERVICES[name]
+    (device,) = engine["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "device_ids": ["0"], "capabilities": ["gpu"]}
+    assert engine["shm_size"] == "2gb"
+    assert engine["networks"] == ["engines"]
+    assert "ports" not in engine
+    assert COMPOSE["networks"]["engines"] == {"internal": True}
+    others = {other for other, each in SERVICES.items() if "engines" in each["networks"]}
+    assert others == {*ENGINES, "gateway"}
+    assert engine["command"][:2] == ["engine", name.capitalize()]
+
+
+def test_the_cpu_profile_asks_for_no_gpu() -> None:
+    assert "nvidia" not in json.dumps(running("cpu"))
+    assert "demo" in running("cpu")
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_prometheus_finds_the_gateway_by_one_name_in_both_profiles(profile: str) -> None:
+    answering = [
+        name
+        for name, each in running(profile).items()
+        if "outside" in each["networks"]
+        and (
+            name == "gateway"
+            or (isinstance(each["networks"], dict) and "gateway" in each["networks"]["outside"].get("aliases", ()))
+        )
+    ]
+    assert len(answering) == 1
+    assert {"prometheus", "grafana"} <= set(running(profile))
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name not in JOBS])
+def test_requests_may_finish_before_a_container_is_killed(name: str) -> None:
+    assert seconds(OURS[name]["stop_grace_period"]) > Config().drain_timeout_s + 20
+
+
+def test_an_engine_may_load_as_long_as_its_config_gives_it() -> None:
+    config = yaml.safe_load((FOLDER / "gpu.yaml").read_text())
+    for name in ENGINES:
+        assert seconds(SERVICES[name]["healthcheck"]["start_period"]) >= config["start_timeout_s"]
+
+
+def test_the_gpu_config_is_that_of_one_80_gb_card_with_engines_elsewhere() -> None:
+    here = yaml.safe_load((ROOT / "deploy" / "llama-3.1-8b.yaml").read_text())
+    there = yaml.safe_load((FOLDER / "gpu.yaml").read_text())
+    for kind, tier in there["models"][0]["tiers"].items():
+        assert tier.pop("launch") == "url"
+        assert tier.pop("urls") == [f"http://{kind.lower()}:8100"]
+        assert here["models"][0]["tiers"][kind].pop("gpus") == [0]
+    assert there["models"] == here["models"]
+    assert there["engine_key"] == "/run/secrets/engine_key"
+    assert list(there["models"][0]["tiers"]) == [kind.value for kind in TierKind]
+
+
+def test_the_cpu_config_is_the_embedded_models() -> None:
+    here = Config.model_validate(yaml.safe_load((ROOT / "deploy" / "embedded.yaml").read_text()))
+    there = Config.model_validate(yaml.safe_load((FOLDER / "cpu.yaml").read_text()))
+    assert there.models == here.models
+    assert (there.host, there.port) == ("0.0.0.0", 8000)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_is_mounted_from_here_is_here(name: str) -> None:
+    sources = [mount.split(":")[0] for mount in SERVICES[name].get("volumes", ())]
+    here = [FOLDER / source for source in sources if source.startswith(".")]
+    assert all(folder.exists() for folder in here if any(each.exists() for each in EYES)), here
+    assert {source for source in sources if not source.startswith(".")} <= set(COMPOSE["volumes"])
+    configs = [each["source"] for each in SERVICES[name].get("configs", ())]
+    assert all((FOLDER / COMPOSE["configs"][each]["file"]).exists() for each in configs)
+
+
+def test_secrets_are_made_once_and_nobody_else_gets_into_their_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    made = subprocess.run([FOLDER / "secrets.sh", folder], capture_output=True, text=True, check=True).stdout
+    names = {Path(each["file"]).name for each in COMPOSE["secrets"].values()}
+    assert {Path(line).name for line in made.splitlines()} == names == {file.name for file in folder.iterdir()}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    key = (folder / "engine_key").read_text()
+    assert re.fullmatch(r"[0-9a-f]{64}", key)
+    assert key != (folder / "grafana_password").read_text()
+    again = subprocess.run([FOLDER / "secrets.sh", folder], capture_output=True, text=True, check=True).stdout
+    assert again == ""
+    assert (folder / "engine_key").read_text() == key
+
+
+def test_secrets_are_kept_out_of_the_image_and_of_git() -> None:
+    assert "deploy/compose/secrets" in (ROOT / ".dockerignore").read_text().splitlines()
+    assert "deploy/compose/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert all(each.keys() == {"file"} for each in COMPOSE["secrets"].values())
+
+
+class _Locked(BaseHTTPRequestHandler):
+    """As an engine: well, and to one key only."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.headers.get("authorization") == "Bearer secret" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def locked() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), _Locked) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/health"
+        server.shutdown()
+
+
+@pytest.fixture
+def check() -> Callable[..., int]:
+    """The image's health check, without a process of its own."""
+    main: Callable[..., int] = runpy.run_path(str(HEALTHCHECK))["main"]
+    return main
+
+
+def test_the_health_check_shows_an_engine_its_key(
+    check: Callable[..., int], locked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    assert check(locked, str(tmp_path / "key")) == 0
+    assert check(locked) == 1
+    assert "401" in capsys.readouterr().err
+
+
+def test_the_health_check_of_nobody_fails(check: Callable[..., int]) -> None:
+    assert check("http://127.0.0.1:1/healthz") == 1

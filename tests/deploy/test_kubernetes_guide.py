@@ -1,0 +1,146 @@
+"""The guide to Kubernetes is true: what its commands apply, make and name is there."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from server.cli import app
+from tests.deploy.cluster import (
+    KUBERNETES,
+    NAMESPACE,
+    OVERLAYS,
+    Cluster,
+    kustomize,
+    parts,
+    pods_of,
+    rendered,
+    schema,
+    unique,
+)
+from tests.programs import program
+
+GUIDE = KUBERNETES.parent / "guide" / "40-kubernetes.md"
+
+
+def test_the_rules_are_those_of_prometheus() -> None:
+    spec = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    alert = {"alert": "A", "expr": "up == 0", "for": "5m", "labels": {"severity": "page"}}
+    groups = [{"name": "a", "interval": "30s", "rules": [alert, {"record": "a:b", "expr": "sum(up)"}]}]
+    made = yaml.safe_load(script.wrapped(yaml.safe_dump({"groups": groups})))
+    jsonschema.validate(made, schema("PrometheusRule"))
+    assert made["spec"] == {"groups": groups}
+    if script.SOURCE.exists():
+        again = "run deploy/kubernetes/prometheus_rule.py and list rules.yaml in kustomization.yaml beside it"
+        assert script.TARGET.read_text() == script.wrapped(script.SOURCE.read_text()), again
+        assert any(each["kind"] == "PrometheusRule" for each in rendered("prometheus-operator")), again
+
+
+def guide() -> list[str]:
+    """The commands of its sh blocks; those of an overlay of one's own in one piece."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    commands, text = [], "".join(blocks)
+    while text:
+        end = text.index("\nEND\n") + 5 if text.startswith("cat ") else text.index("\n") + 1
+        commands.append(text[:end].strip())
+        text = text[end:]
+    return commands
+
+
+KNOWN = (
+    *(
+        "kubectl apply -k ",
+        "kubectl apply -f ",
+        "kubectl -n assay create secret ",
+        "openssl rand ",
+        "mkdir ",
+        "cat ",
+    ),
+    *("ASSAY_HOME=keys .venv/bin/assay keys add ", "kind load ", "python deploy/kubernetes/prometheus_rule.py"),
+    *(
+        f"kubectl -n assay {verb} "
+        for verb in ("wait", "rollout", "logs", "delete", "scale", "port-forward", "get")
+    ),
+)
+
+
+def test_every_command_of_the_guide_is_of_a_kind_that_is_tested_here() -> None:
+    assert [command for command in guide() if not command.startswith(KNOWN)] == []
+
+
+def test_the_guide_applies_what_is_rendered() -> None:
+    applied = [command.split()[-1] for command in guide() if command.startswith("kubectl apply")]
+    assert len(applied) > 5
+    for path in applied:
+        relative = Path(path).relative_to("deploy/kubernetes")
+        assert str(relative) in parts() or (KUBERNETES / relative).is_file(), path
+
+
+def test_the_guide_speaks_of_objects_that_are_there() -> None:
+    there = {
+        f"{each['kind'].lower()}/{each['metadata']['name']}"
+        for size in OVERLAYS
+        for each in Cluster.of(size).objects
+    }
+    found = []
+    for command in guide():
+        words = command.split()
+        if words[:3] != ["kubectl", "-n", NAMESPACE] or words[3] in ("create", "logs"):
+            continue
+        found += [word for word in words if re.fullmatch(r"[a-z]+/assay-[a-z-]+", word)]
+        if words[4] in ("job", "deployment", "leaderworkerset"):
+            found += [f"{words[4]}/{word}" for word in words[5:] if not word.startswith("--")]
+    assert len(found) > 6
+    assert set(found) <= there
+
+
+def test_the_guides_secrets_are_those_that_pods_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engine.key").write_text("0123456789abcdef\n")
+    add = next(command for command in guide() if "assay keys add" in command)
+    home, _, *words = add.split()
+    done = CliRunner().invoke(app, words, env={"ASSAY_HOME": home.removeprefix("ASSAY_HOME=")})
+    assert done.exit_code == 0, done.output
+    made = {}
+    for command in guide():
+        if " create secret " in command:
+            asked = shlex.split(command.replace('"$HF_TOKEN"', "hf_token"))
+            dry = [program("kubectl"), *asked[1:], "--dry-run=client", "--output=json"]
+            secret = json.loads(subprocess.run(dry, capture_output=True, check=True).stdout)
+            made[secret["metadata"]["name"]] = set(secret["data"])
+    assert made == {"assay-engine-key": {"key"}, "assay-api-keys": {"keys.json"}, "assay-hub": {"token"}}
+    for each in unique():
+        for pod in pods_of(each):
+            mounted = {volume["secret"]["secretName"] for volume in pod.spec["volumes"] if "secret" in volume}
+            refs = [one["valueFrom"].get("secretKeyRef") for one in pod.main.get("env", ()) if "valueFrom" in one]
+            assert mounted | {ref["name"] for ref in refs if ref} <= made.keys()
+            assert all(ref["key"] in made[ref["name"]] for ref in refs if ref)
+    for size in OVERLAYS:
+        written = yaml.safe_load(Cluster.of(size).config())
+        assert Path(written["engine_key"]).name in made["assay-engine-key"]
+        assert Path(written["keys"]).name in made["assay-api-keys"]
+
+
+def test_the_guides_own_overlay_replaces_the_images(tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
+    (heredoc,) = (command for command in guide() if command.startswith("cat "))
+    head, *lines, _ = heredoc.splitlines()
+    target = tmp_path / head.split()[2]
+    for part in ("overlays/8b", "overlays/8b/build", "overlays/405b/leader-worker-set"):
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("\n".join(lines).replace("overlays/8b", part))
+        replaced = {each for each in re.findall(r"image: (\S+)", kustomize(target.parent)) if "redis" not in each}
+        assert replaced
+        assert all(re.fullmatch(r"registry\.example/assay(-quantize)?:0\.1\.0-cuda", each) for each in replaced)

@@ -1,0 +1,1 @@
+"""Traces, as a real collector gets them."""
