@@ -77,9 +77,9 @@ class Admission:
     def __init__(self, pools: Iterable[Pool], limits: Limits) -> None:
         self._limits = limits
         self._queues = {pool: _queue_of(pool) for pool in pools}
-        self._tokenizers = {
-            pool: FairQueue(pool.tier.name, lambda: AT_THE_TOKENIZER, MOST_AT_IT) for pool in self._queues
-        }
+        self._tokenizers = {pool: _tokenizer_of(pool) for pool in self._queues}
+        for pool in self._queues:
+            pool.service.follow(self._queues[pool], self._tokenizers[pool])
 
     def queue(self, pool: Pool) -> FairQueue:
         """The tier's queue for a place in its engines."""
@@ -99,11 +99,21 @@ class Admission:
         return Account(key, self._limits, headers)
 
     def place(self, key: Key | None, pool: Pool, places: int) -> Place:
-        """Places in the tier's engines for one request, in turn; see `FairQueue.place`."""
+        """Places in the tier's engines for one request, in turn; see `FairQueue.place`.
+
+        Raises:
+            TierDrained: it is out of service, by an operator's word.
+        """
+        pool.service.check_open()
         return self._queues[pool].place(_name(key), places)
 
     def tokenizer(self, key: Key | None, pool: Pool) -> Place:
-        """The tier's tokenizer for one request, which waits for no answer that is being generated."""
+        """The tier's tokenizer for one request, which waits for no answer that is being generated.
+
+        Raises:
+            TierDrained: as `place`.
+        """
+        pool.service.check_open()
         return self._tokenizers[pool].place(_name(key))
 
 
@@ -113,3 +123,7 @@ def _name(key: Key | None) -> str:
 
 def _queue_of(pool: Pool) -> FairQueue:
     return FairQueue(pool.tier.name, lambda: pool.requests_at_once, pool.tier.resources.max_waiting)
+
+
+def _tokenizer_of(pool: Pool) -> FairQueue:
+    return FairQueue(pool.tier.name, lambda: 0 if pool.service.is_paused else AT_THE_TOKENIZER, MOST_AT_IT)

@@ -19,6 +19,7 @@ from server.errors import FieldRefused, Refusal, envelope
 from server.exchange import WHEN_GONE, Receive, Reply, Scope, Send
 from server.gate import Gate
 from server.health import OPEN_PATHS, health_router
+from server.intake import Intake
 from server.keys import Keys
 from server.limits import Limits, limits_of
 from server.meter import INTERNAL_ERROR, NO_TIER
@@ -109,12 +110,14 @@ def build_app(
         )
         for path in PATHS
     }
+    intake = Intake()
     return Gateway(
-        _other_routes(fleet, routes, standings, gate, scrape or metrics.scrape),
+        _other_routes(fleet, routes, standings, gate, scrape or metrics.scrape, intake),
         endpoints,
         keys,
         metrics,
         limits,
+        intake,
         tracing=_tracing(config.tracing) if config.tracing else None,
         access_log=AccessLog(endpoints) if config.access_log else None,
     )
@@ -126,7 +129,9 @@ def _tracing(settings: TracingConfig) -> "Tracing":
     return Tracing(settings)
 
 
-def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, gate: Gate, scrape: Scrape) -> FastAPI:
+def _other_routes(
+    fleet: Fleet, routes: Routes, standings: Standings, gate: Gate, scrape: Scrape, intake: Intake
+) -> FastAPI:
     """Everything that is not on the hot path."""
     app = FastAPI(
         title="Assay",
@@ -141,7 +146,7 @@ def _other_routes(fleet: Fleet, routes: Routes, standings: Standings, gate: Gate
     )
     app.include_router(models_router(routes, standings))
     app.include_router(tiers_router(fleet, routes, standings))
-    app.include_router(health_router(fleet, gate, scrape))
+    app.include_router(health_router(fleet, gate, scrape, intake))
     app.include_router(openapi_router(Document(app, routes.names[0])))
     app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
@@ -163,10 +168,12 @@ class Gateway:
         keys: Keys,
         metrics: Metrics,
         limits: Limits,
+        intake: Intake,
         *,
         tracing: "Tracing | None" = None,
         access_log: AccessLog | None = None,
     ) -> None:
+        self.intake = intake
         self._app = app
         self._endpoints = endpoints
         self._keys = keys
@@ -191,6 +198,8 @@ class Gateway:
         trace = self._tracing.begin(scope) if self._tracing is not None and is_traced else UNTRACED
         reply = Reply(trace.overhears(send), scope["extensions"].pop(WHEN_GONE), request_id, trace)
         CURRENT.set(reply.record)
+        if self.intake.is_ending:
+            reply.headers.append((b"connection", b"close"))  # the next request is to go elsewhere
         try:
             await self._answer(scope, receive, reply)
         except Refusal as refusal:
@@ -222,7 +231,8 @@ class Gateway:
         elif scope["method"] != "POST":
             raise MethodNotAllowed(scope["method"], path, "POST")
         else:
-            await endpoint(scope["headers"], receive, reply, key)
+            with self.intake:
+                await endpoint(scope["headers"], receive, reply, key)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

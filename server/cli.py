@@ -27,13 +27,15 @@ from server.commands.console import (
     tier_names,
     welcome,
 )
+from server.commands.drain import drain
 from server.commands.engine import engine
 from server.commands.gateway import gateway
 from server.commands.keys import keys_app
 from server.commands.operators import operators
 from server.commands.sensitivity import sensitivity
 from server.commands.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
-from server.config import choose_tiers, load_config
+from server.config import choose_tiers
+from server.config_file import load_config
 from server.engines.fleet import Fleet
 from server.keys import Keys
 from server.model_config import ModelConfig
@@ -57,6 +59,7 @@ app.add_typer(certificate_app, name="certificate")
 app.command()(engine)
 app.command()(gateway)
 app.command()(certify)
+app.command()(drain)
 app.command()(operators)
 app.command()(sensitivity)
 

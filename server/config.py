@@ -1,16 +1,14 @@
-"""One YAML file → `Config`. Every field says what it does; nothing here looks at the machine."""
+"""The whole configuration of one server: every field says what it does; nothing here looks at the machine."""
 
-import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from server.engines.vitals import Patience
 from server.launch.cluster import RayConfig
-from server.logs import LOG_FORMAT, LogFormat
+from server.logs import LogFormat
 from server.model_config import ModelConfig, TierConfig, embedded
 from server.tracing.settings import TracingConfig
 from tiers.conformance.budget import PUBLISHED, Budget
@@ -88,8 +86,17 @@ class Config(Patience):
         description="Further ones get 503; fewer where too few files may be open.",
     )
     start_timeout_s: float = Field(default=1800, gt=0, description="An engine not ready by then has failed.")
+    drain_grace_s: float = Field(
+        default=1,
+        ge=0,
+        description="How long a server that was told to stop takes new requests, while /readyz says 503 already: "
+        "as long as a load balancer takes to notice.",
+    )
     drain_timeout_s: float = Field(
-        default=30, ge=0, description="How long running requests may take to finish when the server stops."
+        default=600,
+        ge=0,
+        description="How long the requests it has accepted may then take to finish, those that wait in a queue "
+        "included; and those of an engine that `assay drain` takes out of service.",
     )
     idle_after_s: float = Field(
         default=60, gt=0, description="How long a tier with `idle: sleep` stays awake after its last request."
@@ -276,46 +283,3 @@ def choose_tiers(config: Config, names: list[str] | None) -> list[Tier]:
             raise ConfigError(f"There is no tier {name!r} in this config; the tiers are {known}.")
         chosen += found
     return chosen
-
-
-def load_config(path: Path | None, **overrides: Any) -> Config:
-    """The configuration in ``path``, or the embedded model's.
-
-    ``ASSAY_HOME`` and ``ASSAY_LOG_FORMAT`` in the environment and overrides that are not None win over the file.
-
-    Raises:
-        ConfigError: one sentence with the file, the field and what is wrong with it.
-    """
-    fields = _read_yaml(path) if path else {}
-    if home := os.environ.get("ASSAY_HOME"):
-        fields["home"] = home
-    if log_format := os.environ.get(LOG_FORMAT):
-        fields["log_format"] = log_format
-    fields |= {name: value for name, value in overrides.items() if value is not None}
-    try:
-        return Config.model_validate(fields)
-    except ConfigError as error:
-        raise ConfigError(f"{path or 'configuration'}: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        given = "" if first["type"] == "missing" else f" (it is {first['input']!r})"
-        raise ConfigError(f"{path or 'configuration'}: {where}: {first['msg']}{given}.") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"There is no config file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} must hold fields such as `models:`, not a {type(fields).__name__}.")
-    return fields

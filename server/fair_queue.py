@@ -58,8 +58,12 @@ class FairQueue:
         """Places that are held, also by those who have not been told yet."""
         return self._taken
 
+    def look_again(self) -> None:
+        """There may be more places than a moment ago."""
+        self._grant()
+
     def place(self, caller: str, places: int = 1) -> "Place":
-        """Hold so many places within the block, or all there are; waits for them in turn.
+        """Hold so many places within the block, or all there are; waits in turn, also while there are none.
 
         Raises:
             QueueFull: at once when there is no room to wait in, or later when somebody with less got it.
@@ -115,7 +119,8 @@ class FairQueue:
                 del self._lines[caller]
 
     def _fits(self, places: int) -> bool:
-        return self._taken == 0 or self._taken + places <= self._places()
+        there_are = self._places()
+        return self._taken + places <= there_are or (self._taken == 0 and there_are > 0)
 
     def _grant(self) -> None:
         while self._lines:

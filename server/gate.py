@@ -37,6 +37,8 @@ class Gate:
             return
         if standing.has_passed:
             self._warned_of.pop(pool, None)
+        elif self._mode == "enforce" and pool.service.is_paused:
+            return  # it waits for an engine that is started again, and is checked once that is there
         elif self._mode == "enforce":
             # Whoever waited for an engine that starts would be answered by it, whatever it turned out to be.
             raise TierNotCertified(pool.tier.name, standing.reasons) if pool.can_answer else pool.unavailable()

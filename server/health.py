@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.gate import Gate
+from server.intake import Intake
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
 """What needs no key: who asks it is an orchestrator, and it tells of no request."""
@@ -24,13 +25,15 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether every configured tier answers, and the state of each."""
+    """Whether requests should be sent here, and the state of each tier."""
 
     ready: bool
     tiers: dict[str, str]
 
 
-def health_router(fleet: Fleet, gate: Gate, exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
+def health_router(
+    fleet: Fleet, gate: Gate, exposition: Callable[[], Awaitable[bytes]], intake: Intake
+) -> APIRouter:
     """The routes of a server's health; ``exposition`` has what /metrics answers."""
     router = APIRouter(tags=["health"])
 
@@ -41,12 +44,15 @@ def health_router(fleet: Fleet, gate: Gate, exposition: Callable[[], Awaitable[b
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
     async def readyz(response: Response) -> Readiness:
-        """Which tiers answer; 503 until all do."""
+        """Which tiers answer; 503 until all do that are in service, and once the server stops."""
         answer = {pool: gate.answers(pool) for pool in fleet.pools}
-        if not all(answer.values()):
+        wanted = [pool for pool in fleet.pools if not pool.service.closed]
+        accepted = bool(wanted) and all(answer[pool] or pool.service.is_paused for pool in wanted)
+        ready = accepted and not intake.is_ending
+        if not ready:
             response.status_code = 503
         states = {pool.tier.name: _state(pool, answers) for pool, answers in answer.items()}
-        return Readiness(ready=all(answer.values()), tiers=states)
+        return Readiness(ready=ready, tiers=states)
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:

@@ -38,6 +38,10 @@ class TierStatus(Protocol):
         """How many can answer."""
 
     @property
+    def drained(self) -> int:
+        """How many an operator has taken out of service, or is about to start again."""
+
+    @property
     def running(self) -> int:
         """Requests that they work on."""
 
@@ -118,7 +122,9 @@ class Metrics:
         self.ready = series.READY.make(registry)
         self.replicas = series.REPLICAS.make(registry)
         self.replicas_ready = series.REPLICAS_READY.make(registry)
+        self.replicas_drained = series.REPLICAS_DRAINED.make(registry)
         self.restarts = series.RESTARTS.make(registry)
+        self.planned_restarts = series.PLANNED_RESTARTS.make(registry)
         self.ejections = series.EJECTIONS.make(registry)
         self.asleep = series.ASLEEP.make(registry)
         self.waking = series.WAKING.make(registry)
@@ -134,7 +140,10 @@ class Metrics:
         What is true now is asked at each scrape: a tier's replicas so cannot overwrite one another's gauges.
         """
         self._tiers[tier] = status
-        for counter in (self.left, self.broken, self.restarts, self.ejections, self.retries, self.cached):
+        for counter in (
+            *(self.left, self.broken, self.restarts, self.planned_restarts, self.ejections),
+            *(self.retries, self.cached),
+        ):
             counter.labels(tier)
         for status_code, code in EXPECTED:
             self.requests.labels(tier, status_code, code)
@@ -143,6 +152,7 @@ class Metrics:
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
         self.replicas.labels(tier).set_function(lambda: len(status.replicas))
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)
+        self.replicas_drained.labels(tier).set_function(lambda: status.drained)
         self.verified.labels(tier).set_function(lambda: status.is_verified)
         self.asleep.labels(tier).set_function(lambda: status.is_asleep)
 

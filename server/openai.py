@@ -215,6 +215,7 @@ class Endpoint:
             try:
                 trace.waits()
                 async with self._admission.place(key, pool, call.choices):
+                    self._gate.check(pool, self._gate.standing(pool))  # it may have waited for another engine
                     trace.admitted()
                     await self._hold_prompt_to_tier(errand, pool, reply)
                     whole = await forward(errand, pool, reply, watch, self._metrics)

@@ -125,7 +125,16 @@ CONNECTIONS_REFUSED = Count(
 READY = Level("assay_tier_ready", "1 while the tier answers: an engine can, and its gate lets it.", "min")
 REPLICAS = Level("assay_replicas", "Engines that serve the tier when all is well.", "max")
 REPLICAS_READY = Level("assay_replicas_ready", "Engines of the tier that can answer now.", "min")
-RESTARTS = Count("assay_engine_restarts", "Times an engine was started again.")
+REPLICAS_DRAINED = Level(
+    "assay_replicas_drained",
+    "Engines of the tier that an operator has out of service (`assay drain`): no cause for an alarm.",
+    "max",
+)
+RESTARTS = Count("assay_engine_restarts", "Times an engine that had failed was started again.")
+PLANNED_RESTARTS = Count(
+    "assay_engine_planned_restarts",
+    "Times an engine was ended and started again because an operator asked for it (`assay drain`).",
+)
 EJECTIONS = Count(
     "assay_engine_ejections",
     "Times an engine was taken out of service for a while because it erred at every request.",
@@ -156,7 +165,7 @@ SERIES = (
     *(REQUESTS, DURATION, FIRST_TOKEN, PER_TOKEN, TOKENS, CACHED),
     *(WAITING, WAITING_LIMIT, SLOTS, SLOTS_TAKEN, RUNNING),
     *(LEFT, BROKEN, RETRIES, CONNECTIONS_REFUSED),
-    *(READY, REPLICAS, REPLICAS_READY, RESTARTS, EJECTIONS, ASLEEP, WAKING),
+    *(READY, REPLICAS, REPLICAS_READY, REPLICAS_DRAINED, RESTARTS, PLANNED_RESTARTS, EJECTIONS, ASLEEP, WAKING),
     *(VERIFIED, CERTIFIED, CERTIFICATE_AGE, KL, BUILD),
 )
 """All of them, in the order of `deploy/README.md`."""

@@ -5,6 +5,7 @@ started is ended before this returns.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import socket
@@ -13,32 +14,25 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from server.app import Scrape, build_app
-from server.checkpoints import Checkpoints
 from server.config import Config
 from server.connections import room_for
-from server.elsewhere import Elsewhere
-from server.engine_key import VARIABLE, engine_key
+from server.control import listening_for_operators
+from server.engines.drains import Drains
 from server.engines.failures import PrecisionRefused
 from server.engines.fleet import Fleet
 from server.engines.following import Following
-from server.engines.pool import Pool
 from server.engines.replica import Replica
-from server.engines.scaling import Scaling
+from server.intake import Intake
 from server.keys import Keys
-from server.launch.cluster import Cluster
-from server.layout import Layout
 from server.limits import check_limits
 from server.listener import LAST_WORDS_S, Server, check_reach, http_server, listening_socket, url_of
 from server.measuring.background import certify_in_background
 from server.metrics import Metrics
+from server.preparation import prepare
 from server.progress import Steps
 from server.stop import Stop
 from server.worker import Worker
-from tiers.engine import Backend, engine_command, installed_backend
 from tiers.errors import ConfigError
-from tiers.hardware import Machine
-from tiers.placement import place
-from tiers.tier import Tier
 
 log = logging.getLogger("assay.serve")
 
@@ -86,7 +80,7 @@ async def serve(
     with worker.listen() if worker else listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
         await check_limits(config)
-        fleet_of = asyncio.create_task(_prepare(config, None, steps, build=build, writes_down=True))
+        fleet_of = asyncio.create_task(prepare(config, None, steps, build=build, writes_down=True))
         if not await stop.unless_asked(fleet_of):
             return
         fleet, metrics = fleet_of.result()
@@ -120,7 +114,7 @@ async def running_engines(
     """
     if takes_faults:
         config = config.all_here()  # nobody else's engines are there to be broken
-    fleet, _ = await _prepare(config, None, steps, build=build, takes_faults=takes_faults)
+    fleet, _ = await prepare(config, None, steps, build=build, takes_faults=takes_faults)
     try:
         for following in fleet.followings:
             await following.find()
@@ -128,71 +122,6 @@ async def running_engines(
         yield fleet
     finally:
         await fleet.stop()
-
-
-def backend_of(config: Config) -> Backend:
-    """Where the config's engines run."""
-    return installed_backend() if config.backend == "auto" else config.backend
-
-
-async def _prepare(
-    config: Config,
-    backend: Backend | None,
-    steps: Steps,
-    *,
-    build: bool,
-    takes_faults: bool = False,
-    writes_down: bool = False,
-) -> tuple[Fleet, Metrics]:
-    """Check everything, build what is missing, and lay out the replicas; no engine is started.
-
-    ``backend`` is where engines run that this server starts, by default where the config says.
-    """
-    placed = config.tiers_started
-    followed = [tier for tier in config.tiers if tier.resources.launch == "url"]
-    cluster = nodes = None
-    if placed:
-        backend = backend or backend_of(config)
-        for tier in placed:
-            engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
-        cluster = await _cluster_of(config, backend)
-        nodes = cluster.nodes if cluster else None
-        place(placed, Machine.here(backend), nodes)  # before hours of building
-    checkpoints = Checkpoints(config, steps, may_build=build)
-    key = _key(config, followed)
-    manifests = await checkpoints.prepare(placed) if placed else {}
-    described = await Elsewhere(config, checkpoints, steps, key).describe(followed) if followed else {}
-    metrics = Metrics()
-    layout = Layout(config, metrics, checkpoints, takes_faults=takes_faults, writes_down=writes_down)
-    pools: list[Pool] = []
-    scalings: list[Scaling] = []
-    if placed and backend:
-        plans = place(placed, Machine.here(backend), nodes)
-        pools, scalings = layout.started(plans, manifests, backend, cluster)
-    followings = [layout.followed(*described[tier.name], key) for tier in followed]
-    every = {pool.tier.name: pool for pool in (*pools, *(following.pool for following in followings))}
-    in_order = [every[tier.name] for tier in config.tiers]
-    return Fleet(in_order, followings, scalings, leave_within_s=config.request_timeout_s), metrics
-
-
-async def _cluster_of(config: Config, backend: Backend) -> Cluster | None:
-    """The Ray cluster, joined, if a tier is to be there."""
-    if any(tier.resources.launch == "ray" for tier in config.tiers):
-        return await Cluster.join(config.ray, backend)
-    return None
-
-
-def _key(config: Config, followed: Sequence[Tier]) -> str:
-    """What engines elsewhere are shown; empty where there are none."""
-    if not followed:
-        return ""
-    key = engine_key(config.engine_key)
-    if key is None:
-        raise ConfigError(
-            f"{followed[0].name} is of launch: url, and there is no key to show to its engines: set engine_key in "
-            f"the config, or {VARIABLE}, to the one that they were started with."
-        )
-    return key
 
 
 async def _run(
@@ -219,13 +148,16 @@ async def _run(
         if not await stop.unless_asked(starting):
             return
         fleet.watch()
+        drains = Drains(fleet, config.drain_timeout_s)
+        if config.tiers_here:
+            await ending.enter_async_context(listening_for_operators(config, drains))
         announce(fleet, url_of(listener), keys)
         certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
         ending.push_async_callback(_cancel, certifying)
         await asyncio.wait({gateway, asyncio.create_task(stop.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if gateway.done():
             gateway.result()
-        await _drain(config, fleet, server, stop)
+        await _drain(config, app.intake, drains, stop)
 
 
 def spare_the_collector() -> None:
@@ -287,14 +219,28 @@ async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
         await asyncio.gather(*starts, return_exceptions=True)
 
 
-async def _drain(config: Config, fleet: Fleet, server: Server, stop: Stop) -> None:
-    """Accept nothing new, and let what runs come to its end, for a bounded time."""
-    server.should_exit = True
-    if fleet.running:
-        log.warning("stopping: %d requests may finish within %.0f s", fleet.running, config.drain_timeout_s)
-    await stop.unless_at_once(asyncio.create_task(fleet.drain(config.drain_timeout_s)))
-    if fleet.running:
-        log.warning("stopping: %d requests are broken off", fleet.running)
+async def _drain(config: Config, intake: Intake, drains: Drains, stop: Stop) -> None:
+    """Take nothing new after a grace, and let what was accepted come to its end, for a bounded time."""
+
+    async def until_empty() -> None:
+        intake.is_ending = True
+        await asyncio.sleep(config.drain_grace_s)
+        intake.close()
+        if intake.under_way:
+            log.warning(
+                "stopping: %d requests may finish within %.0f s; a second signal breaks them off",
+                intake.under_way,
+                config.drain_timeout_s,
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(config.drain_timeout_s):
+                await intake.until_empty()
+
+    drains.give_up()
+    await stop.unless_at_once(asyncio.create_task(until_empty()))
+    intake.close()
+    if intake.under_way:
+        log.warning("stopping: %d requests are broken off", intake.under_way)
 
 
 async def _stop_gateway(server: Server, gateway: asyncio.Task[None]) -> None:

@@ -75,9 +75,10 @@ class ReplicaInfo(BaseModel):
     """What was read back from this one; null until it has been."""
 
     @classmethod
-    def of(cls, replica: Replica) -> "ReplicaInfo":
+    def of(cls, pool: Pool, replica: Replica) -> "ReplicaInfo":
         """What is known of it now."""
-        return cls(state=replica.state.value, restarts=replica.restarts, verified=replica.verified)
+        state = pool.service.shown(replica)
+        return cls(state=state.value, restarts=replica.restarts, verified=replica.verified)
 
 
 class CertificateInfo(BaseModel):
@@ -168,7 +169,7 @@ class TierInfo(BaseModel):
             engine=EngineInfo(version=pool.engine_version),
             state=pool.state.value,
             restarts=pool.restarts,
-            replicas=[ReplicaInfo.of(replica) for replica in pool.replicas],
+            replicas=[ReplicaInfo.of(pool, replica) for replica in pool.replicas],
         )
 
 

@@ -11,7 +11,8 @@ import typer
 from server.alone import alone
 from server.commands.console import ConfigOption, JsonOption, err, log_to, out, tier_names
 from server.commands.tables import certificates_table, show
-from server.config import Config, choose_tiers, load_config
+from server.config import Config, choose_tiers
+from server.config_file import load_config
 from server.progress import Steps
 from tiers.conformance.findings import Verdict
 from tiers.errors import BuildError, ConfigError

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from server.commands.tables import show, table
-from server.config import load_config
+from server.config_file import load_config
 from server.engines.fleet import Fleet
 from server.logs import JsonHandler, LogFormat, TextFormatter, format_asked_for, log_by, writes_json
 from tiers.errors import AssayError, ConfigError

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from server.commands.console import ConfigOption, err, log_to, out, tier_names
-from server.config import choose_tiers, load_config
+from server.config import choose_tiers
+from server.config_file import load_config
 from server.engine_key import VARIABLE
 from server.progress import Steps
 from tiers.errors import ConfigError

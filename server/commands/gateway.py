@@ -8,7 +8,8 @@ import uvloop
 from rich.console import Console
 
 from server.commands.console import ConfigOption, err, log_to, out, welcome
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.engines.fleet import Fleet
 from server.keys import Keys
 from server.progress import Steps

@@ -9,7 +9,8 @@ from rich.markup import escape
 
 from server.commands.console import ConfigOption, JsonOption, err, log_to, out
 from server.commands.tables import keys_table, show
-from server.config import Config, choose_tiers, load_config
+from server.config import Config, choose_tiers
+from server.config_file import load_config
 from server.keys import Key, KeyFile
 from tiers.errors import AssayError
 from tiers.tier import TierKind

@@ -16,7 +16,8 @@ from server.alone import alone
 from server.checkpoints import Checkpoints
 from server.commands.console import ConfigOption, JsonOption, configured_models, err, log_to, out
 from server.commands.tables import show, table
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.launch.process import LocalProcess
 from server.progress import Step, Steps
 from tiers.catalog import ModelShape

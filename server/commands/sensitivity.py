@@ -11,7 +11,7 @@ from rich.table import Table
 
 from server.commands.console import ConfigOption, JsonOption, configured_models, err, log_to, out
 from server.commands.tables import KIB, show, table
-from server.config import load_config
+from server.config_file import load_config
 from server.progress import Steps
 
 if TYPE_CHECKING:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 
 from server.engines.following import Following
+from server.engines.keeper import keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.scaling import Scaling
+from server.engines.state import State
 from tiers.errors import AssayError
 
 log = logging.getLogger("assay.fleet")
@@ -39,11 +40,6 @@ class Fleet:
         return tuple(replica for pool in self.pools for replica in pool.replicas)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether every configured tier can answer."""
-        return all(pool.can_answer for pool in self.pools)
-
-    @property
     def running(self) -> int:
         """Requests that engines work on now."""
         return sum(replica.running for replica in self.replicas)
@@ -52,7 +48,7 @@ class Fleet:
         """From now on, start again what ends."""
         for replica in self.replicas:
             if replica not in self._keepers:
-                self._keepers[replica] = asyncio.create_task(replica.keep())
+                self._keep(replica)
         self._change(self._scalings)
 
     def follow(self) -> None:
@@ -74,18 +70,36 @@ class Fleet:
         """One replica fewer: it gets nothing new, ends what it works on within the time, and is stopped."""
         await replica.drain(timeout_s)
         pool.remove(replica)
-        keeper = self._keepers.pop(replica, None)
-        if keeper is not None:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+        await self._end_keeper(replica)
         await replica.stop()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait until no request runs; False if some still did when the time was over."""
-        until = time.monotonic() + timeout_s
-        while self.running and time.monotonic() < until:
-            await asyncio.sleep(0.1)
-        return not self.running
+    async def restart(self, replica: Replica) -> None:
+        """End its engine, which has nothing to do, and start another; whatever comes of that, it is watched.
+
+        Raises:
+            AssayError: the other one does not start now.
+        """
+        replica.state = State.RESTARTING  # before all else: while its keeper ends, it could get requests
+        await self._end_keeper(replica)
+        try:
+            await replica.restart()
+        except Exception:
+            self._keep(replica)
+            raise
+        self._keep(replica)
+
+    async def halt(self, replica: Replica) -> None:
+        """End its engine, which is to take nothing new already; `restart` starts another."""
+        await self._end_keeper(replica)
+        await replica.end()
+
+    def _keep(self, replica: Replica) -> None:
+        self._keepers[replica] = asyncio.create_task(keep(replica))
+
+    async def _end_keeper(self, replica: Replica) -> None:
+        if (keeper := self._keepers.pop(replica, None)) is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
 
     async def stop(self) -> None:
         """End every engine; what they still answer gets its error event first."""
@@ -102,4 +116,4 @@ async def _bring_up(replica: Replica) -> None:
         await replica.start()
     except AssayError as error:
         log.error("%s", error)  # noqa: TRY400  # the sentence says it all
-    await replica.keep()
+    await keep(replica)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from server.engines.affinity import NO_WORK, Work, choose
 from server.engines.replica import Replica
+from server.engines.service import Service, TierDrained
 from server.engines.state import State
 from server.errors import Refusal, TierUnavailable
 from server.metrics import Metrics
@@ -13,7 +14,7 @@ from tiers.verification import VerifiedPrecision
 
 _BEST_FIRST = (
     *(State.READY, State.ASLEEP, State.SUSPENDED, State.WARMING_UP, State.STARTING, State.RESTARTING),
-    *(State.DRAINING, State.REFUSED, State.STOPPED),
+    *(State.DRAINING, State.DRAINED, State.REFUSED, State.STOPPED),
 )
 """By how soon an answer is to be had."""
 AN_ENGINE_S = 10
@@ -40,6 +41,8 @@ class Pool:
         self.context_length = context_length
         self.replicas = tuple(replicas)
         """Those there are now; `Fleet.add` and `Fleet.remove` make it more or fewer."""
+        self.service = Service(tier.name, lambda: self.replicas)
+        """What an operator has a say in."""
         self._max_num_seqs = max_num_seqs
         self._mean_answer = 128.0
         self._waiting: Callable[[], int] = int
@@ -48,6 +51,7 @@ class Pool:
     def add(self, replica: Replica) -> None:
         """One more, which takes requests as soon as it can."""
         self.replicas += (replica,)
+        self.service.changed()
 
     def remove(self, replica: Replica) -> None:
         """One fewer; what it works on is its own to end."""
@@ -64,13 +68,18 @@ class Pool:
 
     @property
     def requests_at_once(self) -> int:
-        """What the engines work on together; what goes beyond waits in one of them."""
-        return self._max_num_seqs * len(self.replicas)
+        """What the engines work on together; 0 while requests are to wait for one that is started again."""
+        return self.service.places(self._max_num_seqs)
 
     @property
     def can_answer(self) -> bool:
         """Whether a request would be answered, by whichever."""
         return any(replica.can_answer for replica in self.replicas)
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it would be answered, now or once an engine is back that an operator has started again."""
+        return self.can_answer or self.service.is_paused
 
     @property
     def ready(self) -> int:
@@ -81,6 +90,11 @@ class Pool:
     def running(self) -> int:
         """Requests that the engines work on now, or are woken for."""
         return sum(replica.running for replica in self.replicas)
+
+    @property
+    def drained(self) -> int:
+        """How many of the replicas an operator has out of service."""
+        return self.service.drained
 
     @property
     def is_asleep(self) -> bool:
@@ -95,7 +109,7 @@ class Pool:
     @property
     def state(self) -> State:
         """That of the replica which could answer soonest."""
-        return min((replica.state for replica in self.replicas), key=_BEST_FIRST.index, default=State.STOPPED)
+        return min(map(self.service.shown, self.replicas), key=_BEST_FIRST.index, default=State.STOPPED)
 
     @property
     def restarts(self) -> int:
@@ -124,6 +138,8 @@ class Pool:
         if len(self.replicas) == 1 and not tried and (only := self.replicas[0]).takes_requests:
             return only  # most tiers have no other, and every request comes by here
         able = [replica for replica in self.replicas if replica.takes_requests and replica not in tried]
+        if len(able) > 1 and self.service.returning in able:
+            able.remove(self.service.returning)
         if not able and any(replica.takes_requests for replica in tried):
             raise TierUnavailable(self.tier.name, "failing", retry_after=1)
         if not able:
@@ -150,6 +166,8 @@ class Pool:
         """Why nobody can answer, and when somebody could: what the replica says that is back first."""
         if not self.replicas:
             return TierUnavailable(self.tier.name, "without an engine", retry_after=AN_ENGINE_S)
-        refusals = [replica.unavailable() for replica in self.replicas]
+        refusals = [replica.unavailable() for replica in self.replicas if not replica.leaving]
+        if not refusals:
+            return TierDrained(self.tier.name)
         waits = [refusal for refusal in refusals if isinstance(refusal, TierUnavailable)]
         return min(waits, key=lambda refusal: refusal.retry_after, default=refusals[0])

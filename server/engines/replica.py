@@ -13,6 +13,7 @@ from server.engines.affinity import Load
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
+from server.engines.probation import Probation
 from server.engines.reading_back import read_back
 from server.engines.signs import first_of, until_not
 from server.engines.state import UP, State
@@ -22,7 +23,6 @@ from server.engines.vitals import Finding, Patience, Vitals
 from server.errors import Refusal, TierNotVerified, TierUnavailable
 from server.launch.launch import Launch
 from server.metrics import Metrics
-from tiers.errors import AssayError
 from tiers.manifest import Manifest
 from tiers.tier import Tier
 from tiers.verification import VerifiedPrecision
@@ -30,7 +30,7 @@ from tiers.verification import VerifiedPrecision
 log = logging.getLogger("assay.replica")
 
 FIRST_BACKOFF_S = 1.0
-LONGEST_BACKOFF_S = 60.0
+"""Between the end of an engine that failed and its next start."""
 GUESSED_START_S, FINDS_IT_IN_S = 60.0, 5.0
 """Of an engine that is started here, and of one that somebody else runs."""
 
@@ -64,6 +64,8 @@ class Replica:
         self.manifest = manifest
         self.context_length = context_length
         self.state = State.STOPPED
+        self.leaving = False
+        """Whether it takes nothing new, so that it can be ended: for good, or until it is started again."""
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
         self.device_class: str | None = None  # of the engine's machine, once it has said so
@@ -84,7 +86,7 @@ class Replica:
         self._failed = asyncio.Event()
         self._places = Places()
         self._vitals = Vitals(patience or Patience())
-        self._probation: asyncio.Task[None] | None = None
+        self._probation = Probation()
         self._last_start_s = GUESSED_START_S if checkpoints else FINDS_IT_IN_S
         self._due = 0.0
         # To be called at each part of an answer that comes from it, and when all of a good one has come.
@@ -93,7 +95,7 @@ class Replica:
     @property
     def can_answer(self) -> bool:
         """Whether a request would be answered, after waking the engine if need be."""
-        return self.state in (State.READY, State.ASLEEP)
+        return self.state in (State.READY, State.ASLEEP) and not self.leaving
 
     @property
     def takes_requests(self) -> bool:
@@ -144,44 +146,38 @@ class Replica:
         self._vitals.begin()
         self.state = State.READY
 
-    async def keep(self) -> None:
-        """Watch the engine and start it again when it ends, for ever, waiting longer after each failure."""
-        backoff = FIRST_BACKOFF_S
-        while self.state is not State.REFUSED:
-            if self.state in UP:
-                ready_since = time.monotonic()
-                await self.until_it_fails()
-                if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
-                    backoff = FIRST_BACKOFF_S
-            self._fail()
-            await self._end_engine()
-            log.warning("%s: the engine ended; trying again in %.0f s", self.name, backoff)
-            self._due = time.monotonic() + backoff + self._last_start_s
-            await asyncio.sleep(backoff)
-            backoff = min(backoff * 2, LONGEST_BACKOFF_S)
-            self.restarts += 1
-            self._metrics.restarts.labels(self.tier.name).inc()
-            try:
-                await self.start()
-            except AssayError as error:
-                log.error("%s", error)  # noqa: TRY400  # the sentence says it all
-            except Exception:
-                # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
-                log.exception("%s: starting the engine failed", self.name)
-            else:
-                log.warning("%s: the engine is back", self.name)
+    async def start_again(self) -> None:
+        """After it has failed. Raises what `start` does."""
+        self.restarts += 1
+        self._metrics.restarts.labels(self.tier.name).inc()
+        await self.start()
+
+    async def restart(self) -> None:
+        """End the engine and start another, because somebody wants it so: nothing has failed, and nothing waits.
+
+        Raises:
+            EngineNotStarted, PrecisionRefused: as `start`.
+        """
+        self.state = State.RESTARTING
+        self._due = time.monotonic() + self._last_start_s
+        self._metrics.planned_restarts.labels(self.tier.name).inc()
+        await self._end_engine()
+        await self.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, and wait until no request runs; False if some still did when the time was over."""
-        if self.state in UP:
-            self.state = State.DRAINING
+        self.leaving = True
         return await self._places.until_free(timeout_s)
 
     async def stop(self) -> None:
-        """End the engine; returns when nothing of it is left."""
-        self.state = State.STOPPED
+        """End the engine for good; returns when nothing of it is left."""
         if self.turns:
             self.turns.close()
+        await self.end()
+
+    async def end(self) -> None:
+        """End the engine; returns when nothing of it is left. `restart` starts another."""
+        self.state = State.STOPPED
         await self._end_engine()
 
     def slot(self) -> AbstractAsyncContextManager[Upstream]:
@@ -280,13 +276,10 @@ class Replica:
         self._metrics.ejections.labels(self.tier.name).inc()
         self._due = time.monotonic() + rest_s
         self.state = State.SUSPENDED
-        if self._probation:
-            self._probation.cancel()
-        self._probation = asyncio.create_task(self._let_back(rest_s))
+        self._probation.begin(rest_s, self._let_back)
 
-    async def _let_back(self, rest_s: float) -> None:
-        """End the suspension after ``rest_s``: one way or the other."""
-        await asyncio.sleep(rest_s)
+    async def _let_back(self) -> None:
+        """End the suspension: one way or the other."""
         if self.state is not State.SUSPENDED or self._engine is None:
             return
         if await self._vitals.probe(self._engine, self.tier.name) is not Finding.WORKS:
@@ -318,13 +311,19 @@ class Replica:
         ended = () if engine.process is None else (engine.process.wait(),)
         await first_of((self._failed.wait(), until_not(self.is_alive), hangs, *ended))
 
+    async def clear_away(self, backoff_s: float) -> None:
+        """End what is left of an engine that failed; another is to start after so long."""
+        self._fail()
+        await self._end_engine()
+        self._due = time.monotonic() + backoff_s + self._last_start_s
+
     async def _end_engine(self) -> None:
         # First what is still being answered, which so gets its error event, whatever the engine makes of its end.
         self._places.break_off()
-        if self._probation:
-            self._probation.cancel()
-        if self._engine is not None:
-            await self._engine.stop()
-            self._engine = None  # only now, so that a second call ends it too
+        self._probation.end()
+        if (engine := self._engine) is not None:
+            await engine.stop()
+            if self._engine is engine:
+                self._engine = None  # only now, so that a second call ends it too
         if self.turns:
             self.turns.forget(self)

@@ -4,7 +4,11 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """From its start to its end; several come more than once."""
+    """From its start to its end; several come more than once.
+
+    An engine that somebody else stops is `DRAINING`. So is shown, or as `DRAINED`, what an operator has out of
+    service here (`Service.shown`).
+    """
 
     STARTING = "starting"
     WARMING_UP = "warming up"
@@ -12,6 +16,7 @@ class State(StrEnum):
     ASLEEP = "asleep"
     SUSPENDED = "suspended"
     DRAINING = "draining"
+    DRAINED = "drained"
     RESTARTING = "restarting"
     REFUSED = "refused"
     STOPPED = "stopped"

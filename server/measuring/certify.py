@@ -16,8 +16,8 @@ from server.certificates import Certificates
 from server.config import Config
 from server.measuring.measure import AT_ONCE, compute_in_fp32, make_pack, score, worst_tokens
 from server.measuring.running import Running, engines_to_measure
+from server.preparation import backend_of
 from server.progress import Steps
-from server.serve import backend_of
 from tiers.catalog import ModelShape
 from tiers.conformance.budget import Budget, judge, overall
 from tiers.conformance.certificate import Certificate, Conformance, Hardware, Versions

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from tiers.errors import PlacementError
 from tiers.hardware import GIB, Machine, find_card
 from tiers.memory import Degree

@@ -14,7 +14,8 @@ import yaml
 from referencing import Registry, Resource
 
 from server.cli import app
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.metrics import Metrics
 from tests.deploy.cluster import (
     KUBERNETES,

@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 MODEL = "SmolLM2-135M-Instruct"
 LLAMA = tiny_llama.NAME
 LLAMA_CONTEXT = 9216
+LLAMA_LITE_AT_ONCE = 16
+"""Fewer than it is asked at the end: what goes beyond waits in its queue."""
 LITE_RECIPE = "w4a16-rtn-asym"
 """Asymmetric, as the embedded model's own, and made in seconds; the tiny model's, the default, is symmetric and
 calibrated."""
@@ -230,7 +232,7 @@ home: {home}
 certify: off
 keys: {folder / "keys.json"}
 quantize_python: {ROOT / ".venv-quantize/bin/python"}
-drain_timeout_s: 60
+drain_timeout_s: 180
 tracing: {{endpoint: {collector.url}}}
 models:
   - name: {MODEL}
@@ -246,7 +248,7 @@ models:
     tiers:
       Reference: {{kv_cache_gib: 0.1}}
       Turbo: {{kv_cache_gib: 0.1}}
-      Lite: {{kv_cache_gib: 0.1}}
+      Lite: {{kv_cache_gib: 0.1, max_num_seqs: {LLAMA_LITE_AT_ONCE}}}
 """
     with starting(folder, config, port) as server:
         yield server

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import load_config
+from server.config_file import load_config
 from server.measuring.self_test import Trial, self_test
 from server.progress import Steps
 from tests.engines.conftest import LITE_RECIPE, LLAMA, LLAMA_CONTEXT, MODEL, ROOT

@@ -136,6 +136,7 @@ class Gateway:
     replica: FakeEngineReplica
     metrics: Metrics
     handler: Handler | None = None
+    fleet: Fleet = field(default_factory=lambda: Fleet([]))
     seen: list[web.Request] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     pool: Pool | None = None
@@ -283,10 +284,11 @@ async def running_gateway(
     tier = config.tiers[0]
     replica = fake_replica(config, metrics)
     pool = Pool(tier, replica.manifest, 2048, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
+    fleet = Fleet([pool])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, Fleet([pool]), Keys(config.keys_file), metrics, scrape)
-    made = Gateway(app, replica, metrics, pool=pool)
+        app = build_app(config, fleet, Keys(config.keys_file), metrics, scrape)
+    made = Gateway(app, replica, metrics, pool=pool, fleet=fleet)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         made.seen.append(request)

@@ -330,6 +330,18 @@ def test_a_full_disk_is_found_before_building(here: Here, tmp_path: Path, monkey
     assert "0.00 GB free: make room" in err
 
 
+def test_without_a_server_the_command_says_so(here: Here) -> None:
+    code, out, err = here("drain", "Lite", "--json")
+    assert (code, out) == (1, "")
+    assert "No server that runs from .assay answers" in " ".join(err.split())
+
+
+def test_to_stop_and_to_resume_at_once_is_refused(here: Here) -> None:
+    code, _, err = here("drain", "Lite", "--stop", "--resume")
+    assert code == 2
+    assert "--stop and --resume contradict each other" in err
+
+
 def complete(here: Here, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]:
     """What bash is told when it asks for the last of these words."""
     monkeypatch.setenv("_ASSAY_COMPLETE", "complete_bash")
@@ -617,9 +629,12 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     assert "export VLLM_API_KEY=${ASSAY_ENGINE_KEY:?}\n" in out
     command = shlex.split(out.splitlines()[-1])
     assert command[:4] == ["exec", sys.executable, "-P", "-m"]
-    assert {"--host=::", "--port=8102", "--shutdown-timeout=30", "--middleware=tiers.probe.lock.EngineLock"} < set(
-        command
-    )
+    assert {
+        "--host=::",
+        "--port=8102",
+        "--shutdown-timeout=600",
+        "--middleware=tiers.probe.lock.EngineLock",
+    } < set(command)
     digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
     assert f"export ASSAY_CHECKPOINT={digest}\n" in out
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.model_config import TierConfig
 from tiers.errors import ConfigError
 from tiers.tier import TierKind

@@ -13,7 +13,8 @@ class Work:
     """Requests of several callers on one queue; each holds its places until it is let go."""
 
     def __init__(self, places: int, longest: int) -> None:
-        self.queue = FairQueue("tier", lambda: places, longest)
+        self.places = places
+        self.queue = FairQueue("tier", lambda: self.places, longest)
         self.order: list[str] = []
         self.refused: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
@@ -154,6 +155,24 @@ async def test_a_request_for_more_places_than_there_are_gets_all_of_them(make: M
     assert work.order == ["a0"]
     await work.end("a0")
     assert work.order == ["a0", "a1"]
+
+
+async def test_while_there_are_no_places_all_wait_and_get_them_once_it_is_told_that_they_are_back(
+    make: Make,
+) -> None:
+    work = make(0, 10)
+    await work.ask("ann", "a0", places=3)
+    await work.ask("bob", "b0")
+    assert work.order == []
+    work.places = 1
+    await work.ask("bob", "b1")
+    assert work.order == [], "nobody has been told"
+    work.queue.look_again()
+    await asyncio.sleep(0)
+    assert work.order == ["a0"]
+    assert work.queue.taken == 3, "one who wants more than there are gets them alone"
+    await work.end("a0")
+    assert work.order == ["a0", "b0"]
 
 
 async def test_nothing_is_left_of_callers_who_are_gone(make: Make) -> None:

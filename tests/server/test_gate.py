@@ -8,7 +8,8 @@ import pytest
 
 from server.app import build_app
 from server.certificates import Certificates
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.state import State

@@ -18,7 +18,7 @@ from aiohttp import web
 from rich.console import Console
 
 from server.commands.console import complain, log_to
-from server.config import load_config
+from server.config_file import load_config
 from server.keys import KeyFile
 from server.openai import Endpoint
 from server.progress import Steps

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.config import load_config
+from server.config_file import load_config
 from server.launch.cluster import Cluster, RayConfig
 from server.launch.process import free_port, tethered
 from tests.server.test_launch import WAITS, none_remains

@@ -15,7 +15,8 @@ import pytest
 from aiohttp import web
 
 import server.shared_limits
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.errors import RateExceeded, TooManyAtOnce
 from server.keys import Key, KeyFile
 from server.limits import Entry, Limits, LimitsNotShared, LocalLimits, check_limits, limits_of

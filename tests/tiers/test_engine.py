@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from tests.server.test_cli import checkpoint
 from tiers.engine import Backend, EngineCommand, engine_command
 from tiers.errors import ConfigError

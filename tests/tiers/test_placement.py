@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.model_config import ModelConfig
 from tiers.catalog import find_member
 from tiers.errors import PlacementError, SourceError

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from server.app import build_app
 from server.commands.tables import tiers_table
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.state import State
@@ -22,8 +23,8 @@ from server.engines.turns import Turns
 from server.errors import TierNotVerified, TierUnavailable
 from server.keys import Keys
 from server.metrics import Metrics
+from server.preparation import prepare
 from server.progress import Steps
-from server.serve import _prepare
 from tests.server.conftest import FakeEngineReplica, Gateway, Handler, fake_replica
 from tests.server.engines.test_turns import Bed, Memory
 from tests.server.test_cli import checkpoint
@@ -219,7 +220,7 @@ models:
 """)
     checkpoint(home)
     shutil.copytree(home / "checkpoints/SmolLM2-135M-Instruct", home / "checkpoints/Other")
-    fleet, _ = await _prepare(load_config(home / "c.yaml"), backend, Steps(), build=False)
+    fleet, _ = await prepare(load_config(home / "c.yaml"), backend, Steps(), build=False)
     return fleet
 
 

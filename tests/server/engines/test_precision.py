@@ -7,6 +7,7 @@ import pytest
 from aiohttp import web
 
 from server.engines.failures import EngineNotStarted, PrecisionRefused
+from server.engines.keeper import keep
 from server.engines.state import State
 from tests.server.conftest import Answer, Gateway
 from tests.tiers.test_recipe import SMOL
@@ -117,5 +118,5 @@ async def test_an_engine_that_does_not_say_what_it_computes_is_not_started(gatew
 async def test_a_refused_tier_is_not_started_again(gateway: Gateway) -> None:
     gateway.replica.refuse()
     assert gateway.replica.state is State.REFUSED
-    await gateway.replica.keep()
+    await keep(gateway.replica)
     assert gateway.replica.restarts == 0

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 import server.engines.vitals
+from server.engines.keeper import keep
 from server.engines.state import State
 from server.engines.turns import Turns
 from server.engines.vitals import Finding, Patience, Vitals
@@ -191,7 +192,7 @@ async def test_a_stream_on_an_engine_that_hangs_gets_its_error_event(gateway: Ga
     gateway.replica.hold(await LocalProcess.start(["sleep", "60"], {}, tmp_path / "log"))
     asking = asyncio.create_task(gateway.post())
     await begun.wait()
-    keeping = asyncio.create_task(gateway.replica.keep())
+    keeping = asyncio.create_task(keep(gateway.replica))
     answer = await asyncio.wait_for(asking, 5)
     assert b"engine_failed" in answer.body
     assert gateway.replica.state is State.RESTARTING

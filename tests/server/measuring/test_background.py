@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.engines.address import Address
 from server.engines.pool import Pool
 from server.engines.state import State

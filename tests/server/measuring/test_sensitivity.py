@@ -14,7 +14,7 @@ import server.measuring.sensitivity
 from server.cli import main
 from server.commands.console import configured_models
 from server.commands.sensitivity import sensitivity_table, steps_table
-from server.config import load_config
+from server.config_file import load_config
 from server.progress import Steps
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_sensitivity import FP8, levels, scores

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server.config import Config, load_config
+from server.config import Config
+from server.config_file import load_config
 from server.keys import KeyFile
 from server.tracing import tracing
 from server.tracing.words import MOST
