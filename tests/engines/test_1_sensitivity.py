@@ -111,6 +111,7 @@ def test_the_levels_of_the_embedded_model_rise(assay: Server) -> None:
     assert 0.005 < kl[2] < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_command_measures_and_goes_on_where_it_was(assay: Server, tmp_path: Path) -> None:
     """On the tiny model, whose divergence means nothing but is told apart all the same."""

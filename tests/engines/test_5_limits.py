@@ -16,7 +16,7 @@ from server.launch.process import free_port
 from tests.engines.conftest import MODEL, ROOT, Server, is_needed, starting, wait_for, wait_until
 from tests.engines.forging import is_read
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CHAT = "/v1/chat/completions"
 PLACES, QUEUE = 4, 8
 MESSAGES: Any = [{"role": "user", "content": "Count from one to one thousand in words."}]
