@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
+DEPLOY = (ROOT / "deploy" / "README.md").read_text()
 
 CERTIFIED = "tests/engines/conftest.py::certified"
 RUN_BY = {
@@ -65,20 +66,93 @@ RUN_BY = {
 """Each command, and what runs it."""
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README + KERNELS, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.strip()]
+GUIDED = "tests/deploy/test_kubernetes_guide.py::test_the_guide"
+OBJECTS, SECRETS = f"{GUIDED}_speaks_of_objects_that_are_there", f"{GUIDED}s_secrets_are_those_that_pods_mount"
+SITE, RULES = (
+    f"{GUIDED}s_own_overlay_replaces_the_images",
+    "tests/deploy/test_prometheus.py::test_promtool_accepts",
+)
+IMAGE = "tests/engines/test_5_image.py::test_buildah_builds_the_image_from_the_dockerfile"
+LINTED = "tests/deploy/test_image.py::test_hadolint_has_nothing_to_say"
+COMPOSED = "tests/deploy/test_compose.py::test_it_is_what_the_compose_specification_allows"
+UNITS = "tests/deploy/test_systemd.py::test_they_run_as_the_user_of_the_images"
+ENGINE, GATEWAY = "tests/engines/test_7_halves.py::first", "tests/engines/test_7_halves.py::gateway"
+STRANGERS = "tests/engines/test_7_halves.py::test_an_engine_tells_strangers"
+DRAINED = "tests/engines/test_4_stop.py::test_drain_under_load"
+STOPPED = "tests/server/engines/test_drains.py::test_what_is_stopped_answers_whom_it_accepted"
+DEPLOYED_BY = {
+    ".venv/bin/assay plan --config deploy/llama": "tests/deploy/test_configs.py::test_a_config_fits_its_hardware",
+    "docker build --target cpu": IMAGE,
+    "docker build --target": LINTED,
+    "docker run": IMAGE,
+    "docker stop": IMAGE,
+    "deploy/compose/secrets.sh": "tests/deploy/test_compose.py::test_secrets_are_made_once",
+    'PIP_EXTRA_INDEX_URL="$TORCH_CPU_INDEX" docker compose': COMPOSED,
+    "docker compose": COMPOSED,
+    "install -D": UNITS,
+    "install -m": UNITS,
+    "systemd-sysusers": UNITS,
+    "systemctl": UNITS,
+    "runuser": UNITS,
+    "systemd-analyze verify": "tests/deploy/test_systemd.py::test_systemd_takes_them_without_a_word",
+    "assay engine Lite --config config.yaml --host 0.0.0.0 --print": (
+        "tests/server/test_cli.py::test_what_starts_an_engine_is_printed_without_its_key"
+    ),
+    "assay engine Lite": ENGINE,
+    "assay gateway": GATEWAY,
+    "curl http://lite:8100/health": STRANGERS,
+    'curl -H "authorization': STRANGERS,
+    "mkdir -p site": SITE,
+    "cat > site": SITE,
+    "kubectl apply": f"{GUIDED}_applies_what_is_rendered",
+    "openssl rand": SECRETS,
+    "kubectl -n assay create secret": SECRETS,
+    "ASSAY_HOME=keys .venv/bin/assay keys add": SECRETS,
+    "kubectl -n assay": OBJECTS,
+    "kind load": OBJECTS,
+    "python deploy/kubernetes/prometheus_rule.py": (
+        "tests/deploy/test_kubernetes_guide.py::test_the_rules_are_those_of_prometheus"
+    ),
+    "ray start": "tests/engines/test_8_ray.py::test_a_lost_node_costs_no_request",
+    "assay plan Llama-3.1-405B-Instruct --gpu H100": "tests/server/test_cli.py::test_a_plan_over_two_nodes_fits",
+    "redis-server": "tests/server/redis_server.py::redis-server",
+    "make bench-routing": "tests/engines/test_5_bench.py::test_the_bench_of_routing_measures_both_choices",
+    "assay drain Lite --replica": "tests/server/engines/test_drains.py::test_one_of_two_can_be_stopped",
+    "assay drain Lite --": STOPPED,
+    "assay drain": DRAINED,
+    "promtool check rules": RULES,
+    "promtool test rules": "tests/deploy/test_prometheus.py::test_every_alert_fires_when_it_should",
+    "curl http://127.0.0.1:8000/v1/chat/completions -H": (
+        "tests/engines/test_1_tracing.py::test_an_engines_span_continues_that_of_the_gateway"
+    ),
+    "ASSAY_LOG_FORMAT=json assay serve": "tests/server/test_logs.py::test_all_that_a_server_writes_is_json",
+}
+"""Those of the operator's guide: what runs each, or its equivalent where that takes a cluster or a Docker engine."""
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_is_run_by_a_test(command: str) -> None:
-    start = max((start for start in RUN_BY if command.startswith(start)), key=len)
-    path, name = RUN_BY[start].split("::")
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    without_files = re.sub(
+        r"^(cat > .*) <<'END'\n.*?^END$", r"\1", "".join(blocks), flags=re.MULTILINE | re.DOTALL
+    )
+    lines = without_files.replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("command", "run_by"),
+    [
+        *((command, RUN_BY) for command in commands(README + KERNELS)),
+        *((command, DEPLOYED_BY) for command in commands(DEPLOY)),
+    ],
+)
+def test_every_command_is_run_by_a_test(command: str, run_by: dict[str, str]) -> None:
+    start = max((start for start in run_by if command.startswith(start)), key=len)
+    path, name = run_by[start].split("::")
     assert name in (ROOT / path).read_text()
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "kernels/README.md"])
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "deploy/README.md"])
 def test_the_files_it_names_exist(path: str) -> None:
     for name in re.findall(r"`((?:deploy|kernels|server|tiers|tests)/[\w./-]+)`", (ROOT / path).read_text()):
         assert (ROOT / name).exists(), name

@@ -195,7 +195,7 @@ def test_nothing_fits_beside_405b_and_its_other_two_fit_without_it() -> None:
 
 
 def test_the_operators_guide_lists_them_with_the_same_figures() -> None:
-    guide = "".join(path.read_text() for path in [*DEPLOY.glob("guide/*.md"), *DEPLOY.glob("README.md")])
+    guide = (DEPLOY / "README.md").read_text()
     rows = re.findall(r"^\| `deploy/([\w.-]+\.yaml)` \|[^|]*\| ([^|]*) \| ([^|]*) \|$", guide, flags=re.MULTILINE)
     assert {name for name, *_ in rows} == {path.name for path in CONFIGS}
     for name, serves, requests in rows:

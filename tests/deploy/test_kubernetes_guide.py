@@ -28,7 +28,7 @@ from tests.deploy.cluster import (
 )
 from tests.programs import program
 
-GUIDE = KUBERNETES.parent / "guide" / "40-kubernetes.md"
+GUIDE = KUBERNETES.parent / "README.md"
 
 
 def test_the_rules_are_those_of_prometheus() -> None:
@@ -49,8 +49,9 @@ def test_the_rules_are_those_of_prometheus() -> None:
 
 
 def guide() -> list[str]:
-    """The commands of its sh blocks; those of an overlay of one's own in one piece."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    """The commands of its part on Kubernetes; those of an overlay of one's own in one piece."""
+    part = GUIDE.read_text().partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", part, flags=re.MULTILINE | re.DOTALL)
     commands, text = [], "".join(blocks)
     while text:
         end = text.index("\nEND\n") + 5 if text.startswith("cat ") else text.index("\n") + 1

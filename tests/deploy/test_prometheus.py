@@ -28,7 +28,7 @@ from tests.server.conftest import Gateway, running_gateway
 from tests.server.test_metrics import CHUNK, DONE, STREAM, stream, usage_event
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
-GUIDE = ROOT / "deploy" / "guide" / "80-eyes.md"
+GUIDE = ROOT / "deploy" / "README.md"
 TRIALS = sorted(Path(__file__).parent.glob("*.test.yml"))
 ALERTS = [rule for rule in asked.rules() if "alert" in rule]
 
