@@ -11,9 +11,8 @@ from server.config import Config
 from server.config_file import load_config
 from tiers.errors import PlacementError
 from tiers.hardware import GIB, Machine, find_card
-from tiers.memory import Degree
 from tiers.placement import check_hardware, together
-from tiers.plan import TierPlan, on_gpus
+from tiers.plan import TierPlan
 from tiers.tier import Tier, TierKind
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -58,18 +57,8 @@ def header(path: Path) -> Header:
 
 
 def planned(tiers: tuple[Tier, ...], machine: Machine) -> tuple[TierPlan, ...]:
-    """Together on a node, or an engine over all nodes."""
-    if machine.nodes == 1:
-        return together(tiers, machine).tiers
-    (tier,) = tiers
-    plan = on_gpus(tier, machine.gpus, of(tier))
-    assert plan.gpus == machine.nodes * len(machine.gpus)
-    assert plan.pipeline_parallel == machine.nodes, "a layer is spread inside a node"
-    return (plan,)
-
-
-def of(tier: Tier) -> Degree:
-    return Degree(tier.resources.tensor_parallel, tier.resources.pipeline_parallel)
+    """All of them, on a machine, or on the nodes of a Ray cluster that are all such."""
+    return together(tiers, machine).tiers
 
 
 def loaded(name: str) -> Config:
