@@ -22,11 +22,12 @@ from server.health import OPEN_PATHS, health_router
 from server.intake import Intake
 from server.keys import Keys
 from server.limits import Limits, limits_of
+from server.logs import CURRENT
 from server.meter import INTERNAL_ERROR, NO_TIER
 from server.metrics import Metrics
 from server.openai import PATHS, Endpoint, models_router
 from server.openapi.document import Document, openapi_router
-from server.record import CURRENT, code_of
+from server.record import code_of
 from server.request_id import request_id_of
 from server.routing import Routes
 from server.standing import Standings

@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
+from contextvars import ContextVar
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 LOG_FORMAT = "ASSAY_LOG_FORMAT"
 """In the environment: json, or text."""
@@ -13,17 +14,43 @@ LogFormat = Literal["text", "json"]
 log = logging.getLogger("assay")
 
 
+class Traced(Protocol):
+    """The trace that a request is told in, if it is."""
+
+    @property
+    def ids(self) -> tuple[str, str] | None:
+        """Of the trace, and of the gateway's part in it."""
+
+
+class Handled(Protocol):
+    """What a line says of the request that is handled where it is written."""
+
+    @property
+    def request_id(self) -> str:
+        """Its name."""
+
+    @property
+    def tier(self) -> str | None:
+        """Once it is known."""
+
+    @property
+    def trace(self) -> Traced:
+        """Where it is told."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether whoever writes works for it no more."""
+
+
+CURRENT: ContextVar[Handled | None] = ContextVar("assay.request", default=None)
+"""The request which is handled here; each has a task of its own."""
+
+
 class OfRequest(logging.Filter):
     """Adds to a line what is known of the request that is handled where it is written."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        from server.record import CURRENT  # here: the installer shows its progress before anything is installed
-
-        self._current = CURRENT
-
     def filter(self, record: logging.LogRecord) -> bool:
-        request = self._current.get()
+        request = CURRENT.get()
         if request is not None and not request.is_over:
             record.request_id = request.request_id
             if request.tier is not None:

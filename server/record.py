@@ -1,6 +1,5 @@
 """What is known of a request while it is handled: for the lines of the log, for its trace, for the access log."""
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from server.answer import Usage
@@ -44,7 +43,3 @@ class Record:
     def left(self) -> None:
         """Its caller has."""
         self.code, self.has_left = CLIENT_LEFT, True
-
-
-CURRENT: ContextVar[Record | None] = ContextVar("assay.record", default=None)
-"""That of the request which is handled here; each has a task of its own."""
