@@ -55,7 +55,7 @@ WORKDIR /opt/assay
 COPY pyproject.toml LICENSE ./
 COPY deploy/install.py deploy/
 COPY deploy/image/packages.sh deploy/image/environment.sh deploy/image/
-COPY server/__init__.py server/progress.py server/
+COPY server/__init__.py server/progress.py server/logs.py server/
 COPY tiers/__init__.py tiers/
 COPY kernels/__init__.py kernels/
 # Importing vLLM is how an environment is tried.

@@ -167,7 +167,7 @@ def test_the_tiers_answer_at_the_same_time(assay: Server) -> None:
 
 def test_engines_answer_nobody_but_the_gateway(assay: Server) -> None:
     port = assay.engine_port("Turbo")
-    for path in ("/v1/models", "/health", "/metrics", "/tokenize", "/invocations", "/version", "/docs"):
+    for path in ("/v1/models", "/metrics", "/tokenize", "/invocations", "/version", "/docs"):
         with pytest.raises(urllib.error.HTTPError) as refusal:
             urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10)
         assert refusal.value.code == 401, path

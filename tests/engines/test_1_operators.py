@@ -12,6 +12,7 @@ from tiers.operators.findings import Finding
 ASSAY = str(Path(sys.executable).with_name("assay"))
 
 
+@pytest.mark.slow
 def test_the_command_runs_them_in_a_process_of_their_own_and_exits_with_what_was_found(
     assay: Server, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def check_int4(checkpoint: Path) -> None:
         assert_same_bits(dequantize(quantize(weight, scheme), scheme), theirs)
 
 
+@pytest.mark.slow
 def test_the_levels_of_the_embedded_model_rise(assay: Server) -> None:
     """Few tokens: that it is FP8, and not noise or nonsense, is what they show."""
     from transformers import AutoTokenizer

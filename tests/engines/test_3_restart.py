@@ -13,6 +13,7 @@ from tests.engines.conftest import LLAMA, MODEL, Server, wait_until
 MESSAGES: Any = [{"role": "user", "content": "Count from one to one thousand in words."}]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_kill_9_of_a_worker_during_a_stream_and_of_an_api_server(assay: Server) -> None:
     """The stream ends with an error event, the other tiers answer throughout, both tiers come back by themselves.

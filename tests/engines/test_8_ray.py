@@ -33,7 +33,7 @@ TOKENS = 200
 """Of those streams: more than are there before the node is lost, and not many more."""
 QUEUED = 12
 """More than both engines work on at once."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0", "RAY_raylet_start_wait_time_s": "120"}
 
 
 @dataclass
