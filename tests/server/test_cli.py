@@ -233,6 +233,25 @@ def test_a_plan_may_ask_for_another_context(here: Here) -> None:
     assert {tier["kv_bytes_full_context"] for tier in json.loads(out)["tiers"]} == {16 << 30}
 
 
+def test_a_plan_of_tiers_on_ray_is_over_as_many_nodes_as_are_given(here: Here) -> None:
+    arguments = (
+        "plan",
+        "-c",
+        str(LLAMA.with_name("llama-3.1-405b-16xh100.yaml")),
+        "--gpu",
+        "H100",
+        "--count",
+        "8",
+    )
+    code, out, _ = here(*arguments, "--nodes", "2", "--json")
+    assert code == 0
+    (tier,) = json.loads(out)["tiers"]
+    assert (tier["tensor_parallel"], tier["pipeline_parallel"], tier["concurrent_requests"]) == (8, 2, 4)
+    code, out, err = here(*arguments)
+    assert code != 0
+    assert "add nodes" in out + err
+
+
 def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers.hardware, "present_gpus", tuple)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
@@ -566,11 +585,14 @@ def test_a_key_does_not_follow_a_redirection(here: Here, asked: Asked) -> None:
 ELSEWHERE = f"models: [{{{MODEL}, tiers: {{Reference: {{launch: url, urls: ['http://127.0.0.1:9']}}}}}}]"
 
 
-def test_a_gateway_starts_no_engine_and_says_whose_it_would_have_to(here: Here, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(SMALL)
+@pytest.mark.parametrize("launch", ["local", "ray"])
+def test_a_gateway_starts_no_engine_and_says_whose_it_would_have_to(
+    here: Here, tmp_path: Path, launch: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"models: [{{{MODEL}, tiers: {{Reference: {{launch: {launch}}}}}}}]")
     code, _, err = here("gateway", "-c", "c.yaml", "--port", str(free_port()))
     assert code == 2
-    assert "SmolLM2-135M-Instruct-Reference is of launch: local, and `assay gateway` starts no engine" in err
+    assert f"SmolLM2-135M-Instruct-Reference is of launch: {launch}, and `assay gateway` starts no engine" in err
 
 
 def test_a_gateway_without_a_key_for_its_engines_is_a_sentence(here: Here, tmp_path: Path) -> None:
