@@ -212,6 +212,7 @@ class Replica:
         # One that is suspended sleeps as well, which ends its suspension: the memory may be wanted.
         if self.state in (State.READY, State.SUSPENDED) and self._engine is not None:
             self.state = State.ASLEEP
+            self.load.forget()  # with the memory goes the KV cache
             try:
                 await self._engine.sleep()
             except EngineNotStarted as error:
