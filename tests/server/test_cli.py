@@ -1,5 +1,6 @@
 """The command line: what is wrong is said in one sentence, with an exit code, before anything starts."""
 
+import asyncio
 import json
 import logging
 import os
@@ -22,8 +23,11 @@ import kernels
 import tiers.hardware
 from server.alone import alone
 from server.cli import main
+from server.config_file import load_config
 from server.keys import KeyFile
 from server.launch.process import free_port
+from server.one_engine import OneEngine
+from server.progress import Steps
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
 from tiers.errors import AssayError
@@ -659,6 +663,38 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     } < set(command)
     digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
     assert f"export ASSAY_CHECKPOINT={digest}\n" in out
+
+
+def test_an_engine_sends_its_spans_where_the_config_says(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    checkpoint(tmp_path / ".assay")
+    (tmp_path / "c.yaml").write_text(f"tracing: {{endpoint: 'http://collector:4318'}}\n{ELSEWHERE}")
+    code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--print")
+    assert code == 0
+    assert "--otlp-traces-endpoint=http://collector:4318/v1/traces" in shlex.split(out.splitlines()[-1])
+
+
+def test_two_engines_of_a_tier_write_into_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    checkpoint(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"home: {tmp_path}\n{ELSEWHERE}")
+    config = load_config(tmp_path / "c.yaml")
+    (tier,) = config.tiers
+    logs = []
+    for port in (8100, 8102):
+        one = OneEngine(config, tier, "127.0.0.1", port)
+        replica = asyncio.run(one._prepared(Steps(), build=False))
+        assert replica.log_file == one.log_file, "what is shown is what it writes"
+        logs.append(one.log_file.name)
+        assert replica._address_file is not None
+        replica._address_file.parent.mkdir(exist_ok=True)
+        replica._address_file.touch()
+    assert logs == [f"{tier.slug}.log", f"{tier.slug}-8102.log"]
+    assert [file.name for file in config.addresses_of(tier)] == [f"{tier.slug}.json", f"{tier.slug}-8102.json"]
 
 
 def test_a_plan_is_of_what_runs_here(here: Here, tmp_path: Path) -> None:
