@@ -127,7 +127,7 @@ def plan(
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help=f"Cards in a node; {NODE_GPUS} by default.")] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes that a pipeline may go over; `serve` itself uses one.")
+        int | None, typer.Option(min=1, help="Nodes that a pipeline may go over, and tiers of launch: ray.")
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=16, help="Longest prompt and answer together, instead of the config's.")
@@ -152,9 +152,9 @@ def plan(
     if member:
         entry = ModelConfig(name=member.name, source=member.ids[0])
         settings = settings.model_copy(update={"models": (entry,)})
-    elif not settings.tiers_here:
+    elif not settings.tiers_started:
         raise ConfigError("Every tier of this config is of launch: url, and takes nothing of a machine here.")
-    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers_here)
+    tiers = tuple(replace(tier, context_length=context or tier.context_length) for tier in settings.tiers_started)
     planned = alone(tiers, machine) if member else together(tiers, machine)
     if as_json:
         out.print_json(planned.model_dump_json())

@@ -1,5 +1,6 @@
 """The whole configuration of one server: every field says what it does; nothing here looks at the machine."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -177,9 +178,15 @@ class Config(Patience):
         """Where reference packs lie."""
         return self.home / "packs"
 
-    def address_of(self, tier: Tier) -> Path:
-        """Where a server writes down how the tier's first engine is reached."""
-        return self.home / "engines" / f"{tier.slug}.json"
+    def address_of(self, tier: Tier, port: int | None = None) -> Path:
+        """Where it is written down how its first engine is reached, or that of `assay engine` on another port."""
+        return self.home / "engines" / (f"{tier.slug}.json" if port is None else f"{tier.slug}-{port}.json")
+
+    def addresses_of(self, tier: Tier) -> list[Path]:
+        """Those that are there."""
+        with_port = re.compile(re.escape(tier.slug) + r"(-\d+)?\.json")
+        there = [each for each in (self.home / "engines").glob("*.json") if with_port.fullmatch(each.name)]
+        return sorted(there, key=lambda each: (len(each.name), each.name))
 
     def budget_of(self, tier: Tier) -> Budget:
         """How far a tier may be from the reference."""

@@ -71,7 +71,13 @@ class Account(BaseModel):
 
 @asynccontextmanager
 async def listening_for_operators(config: Config, drains: Drains) -> AsyncIterator[None]:
-    """Take their requests within the block; a server that cannot says so and serves without."""
+    """Take their requests within the block; a server that cannot says so and serves without.
+
+    One that starts no engine has none of its own to end: `assay drain` is for whoever runs them.
+    """
+    if not config.tiers_started:
+        yield
+        return
     with ExitStack() as stack:
         runner = web.AppRunner(
             _app(config, drains), handler_cancellation=True, access_log=None, shutdown_timeout=1

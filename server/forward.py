@@ -3,6 +3,7 @@
 Knows what engines are asked; what an answer says is `server.answer`'s to know.
 """
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from server.engines.places import BrokenOff
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.state import State
-from server.engines.upstream import Connection, NotReached, Upstream, UpstreamBroke
+from server.engines.upstream import Connection, Draining, NotReached, Upstream, UpstreamBroke
 from server.errors import EngineFailed, EngineRefused, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
@@ -151,9 +152,10 @@ async def _ask_briefly(upstream: Upstream, errand: Errand, replica: Replica) -> 
     """
     if (body := errand.format.briefly(errand.body)) is None:
         return
-    async with upstream.post(errand.path, body, errand.request_id) as answer:
-        if answer.status != 200:
-            await _refuse_like(answer, replica, errand)
+    with contextlib.suppress(NotReached):  # this time: what it was sent before may have ended it
+        async with upstream.post(errand.path, body, errand.request_id) as answer:
+            if answer.status != 200:
+                await _refuse_like(answer, replica, errand)
 
 
 async def _count(replica: Replica, errand: Errand) -> int:
@@ -199,6 +201,8 @@ async def _copy_events(
 
 
 async def _refuse_like(answer: Connection, replica: Replica, errand: Errand) -> None:
+    if answer.drains:
+        raise Draining
     refused = EngineRefused.read(answer.status, await answer.read())
     if answer.status in EngineRefused.STATUSES:
         raise refused

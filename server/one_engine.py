@@ -35,6 +35,7 @@ from tiers.tier import Tier
 log = logging.getLogger("assay.engine")
 
 ENGINE_PORT = 8100
+"""By default. What is written of an engine on another has that in its name: several of a tier may share a home."""
 POLL_S = 0.1
 
 
@@ -60,6 +61,7 @@ class OneEngine:
         self.tier = replace(alone, resources=alone.resources.model_copy(update={"idle": "stay"}))
         self._host = host
         self._port = port
+        self._own_port = None if port == ENGINE_PORT else port
         self._key = engine_key(config.engine_key)
         if self._key is None and not _is_loopback(host):
             raise ConfigError(
@@ -67,6 +69,13 @@ class OneEngine:
                 f"have too: set engine_key in the config, or {VARIABLE}, or listen on 127.0.0.1."
             )
         self._backend = installed_backend() if config.backend == "auto" else config.backend
+
+    @property
+    def log_file(self) -> Path:
+        """What it writes."""
+        return self._config.logs / (
+            f"{self.tier.slug}-{self._own_port}.log" if self._own_port else f"{self.tier.slug}.log"
+        )
 
     def command(self) -> EngineCommand:
         """What starts it, for those who do that by other means; its key is not that of any engine.
@@ -114,8 +123,15 @@ class OneEngine:
         return place((self.tier,), Machine.here(self._backend))[0]
 
     def _launch(self, tier: Tier) -> LocalLaunch:
-        wait = math.ceil(self._config.drain_timeout_s)
-        return LocalLaunch(self._backend, host=self._host, port=self._port, key=self._key, finishes_within_s=wait)
+        tracing = self._config.tracing
+        return LocalLaunch(
+            self._backend,
+            host=self._host,
+            port=self._port,
+            key=self._key,
+            finishes_within_s=math.ceil(self._config.drain_timeout_s),
+            traces_url=tracing.traces_url if tracing else None,
+        )
 
     async def _prepared(self, steps: Steps, *, build: bool) -> Replica:
         # Engines that share a volume start together: one builds, and the others wait for it.
@@ -127,13 +143,14 @@ class OneEngine:
             plan.tier,
             manifest,
             plan.context_length,
+            number=self._own_port or 1,
             launch=self._launch(plan.tier),
             checkpoints=checkpoints,
             logs=self._config.logs,
             metrics=Metrics(),
             start_timeout_s=self._config.start_timeout_s,
             patience=self._config,
-            address_file=self._config.address_of(self.tier),
+            address_file=self._config.address_of(self.tier, self._own_port),
         )
 
     async def _drain(self, replica: Replica) -> None:

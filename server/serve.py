@@ -51,11 +51,11 @@ def check_gateway(config: Config) -> None:
     """Whether this config can be served without starting an engine here.
 
     Raises:
-        ConfigError: a tier is to be started here.
+        ConfigError: a tier's engines would be started by it, here or on a Ray cluster.
     """
-    if config.tiers_here:
+    for tier in config.tiers_started:
         raise ConfigError(
-            f"{config.tiers_here[0].name} is of launch: local, and `assay gateway` starts no engine: give it "
+            f"{tier.name} is of launch: {tier.resources.launch}, and `assay gateway` starts no engine: give it "
             "`launch: url` and `urls:`, where `assay engine` runs it, or use `assay serve`."
         )
 
@@ -149,8 +149,7 @@ async def _run(
             return
         fleet.watch()
         drains = Drains(fleet, config.drain_timeout_s)
-        if config.tiers_here:
-            await ending.enter_async_context(listening_for_operators(config, drains))
+        await ending.enter_async_context(listening_for_operators(config, drains))
         announce(fleet, url_of(listener), keys)
         certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
         ending.push_async_callback(_cancel, certifying)

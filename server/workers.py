@@ -203,7 +203,7 @@ async def _stop(workers: Workers, config: Config, asked: asyncio.Event, at_once:
     await asked.wait()
     workers.stop()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(at_once.wait(), config.drain_timeout_s)
+        await asyncio.wait_for(at_once.wait(), config.drain_grace_s + config.drain_timeout_s)
         workers.stop()
-    await asyncio.sleep(2 * (GRACE_S + LAST_WORDS_S))
+    await asyncio.sleep(2 * (GRACE_S + LAST_WORDS_S))  # for what comes after: last bytes, last spans, and the end
     workers.kill()

@@ -97,11 +97,19 @@ def fetch(url: str, key: str | None = None) -> Any:
         raise ConfigError(f"No Assay server answers at {url} ({reason}): start one with `assay serve`.") from None
 
 
+def say_ready(url: str, text: str, **facts: object) -> None:
+    """Say that all is up: a text for people, or a line of a JSON log."""
+    if writes_json():
+        log.info("ready on %s", url, extra={"url": url, **facts})
+    else:
+        out.print(text, soft_wrap=True)
+
+
 def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
     """Which names are served and which are not, to whom, and a command to try."""
     if writes_json():
         names = {pool.tier.name: pool.can_answer for pool in fleet.pools}
-        log.info("ready on %s", url, extra={"url": url, "tiers": names, "asks_for_keys": with_keys})
+        say_ready(url, "", tiers=names, asks_for_keys=with_keys)
         return
     rows = table("model name", "precision", "recipe", "checkpoint", "verified")
     for pool in fleet.pools:

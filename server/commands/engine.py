@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands.console import ConfigOption, err, log_to, out, tier_names
+from server.commands.console import ConfigOption, err, log_to, out, say_ready, tier_names
 from server.config import choose_tiers
 from server.config_file import load_config
 from server.engine_key import VARIABLE
@@ -53,6 +53,7 @@ def engine(
 
     log_to(err)
     settings = load_config(config)
+    log_to(err, settings.log_format)
     chosen = choose_tiers(settings, [tier])
     if len(chosen) > 1:
         raise ConfigError(f"{tier} is of several models: name one, such as {chosen[0].name}.")
@@ -68,10 +69,9 @@ def engine(
 
     def announce(url: str) -> None:
         steps.close()
-        out.print(f"{chosen[0].name}: [green]ready[/] on {url}", soft_wrap=True)
+        say_ready(url, f"{chosen[0].name}: [green]ready[/] on {url}", tier=chosen[0].name)
 
-    log_file = settings.logs / f"{chosen[0].slug}.log"
-    with steps, _shown(log_file):
+    with steps, _shown(one.log_file):
         asyncio.run(one.run(steps, announce, build=build))
 
 

@@ -7,7 +7,7 @@ import typer
 import uvloop
 from rich.console import Console
 
-from server.commands.console import ConfigOption, err, log_to, out, welcome
+from server.commands.console import ConfigOption, err, log_to, say_ready, welcome
 from server.config import Config
 from server.config_file import load_config
 from server.engines.fleet import Fleet
@@ -34,6 +34,7 @@ def gateway(
 
     log_to(err)
     settings = load_config(config, host=host, port=port, workers=workers)
+    log_to(err, settings.log_format)
     check_gateway(settings)
     if settings.workers > 1:
         uvloop.run(_several(settings))
@@ -55,7 +56,7 @@ async def _several(config: Config) -> None:
     stop.listen()
 
     def announce(url: str) -> None:
-        out.print(f"[green]ready[/] on {url}, {config.workers} processes", soft_wrap=True)
+        say_ready(url, f"[green]ready[/] on {url}, {config.workers} processes", workers=config.workers)
 
     await run_workers(partial(_one_of_several, config), config, stop.asked, stop.at_once, announce)
 
@@ -64,7 +65,7 @@ def _one_of_several(config: Config, worker: Worker) -> None:
     """What each of them runs."""
     from server.serve import serve
 
-    log_to(err)
+    log_to(err, config.log_format)
     steps = Steps(Console(quiet=True))  # those of one would be written as often as there are processes
 
     def announce(fleet: Fleet, url: str, keys: Keys) -> None:

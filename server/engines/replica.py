@@ -148,8 +148,9 @@ class Replica:
 
     async def start_again(self) -> None:
         """After it has failed. Raises what `start` does."""
-        self.restarts += 1
-        self._metrics.restarts.labels(self.tier.name).inc()
+        if self._checkpoints:  # else it is somebody else's, who may have ended it on purpose, and started another
+            self.restarts += 1
+            self._metrics.restarts.labels(self.tier.name).inc()
         await self.start()
 
     async def restart(self) -> None:
@@ -212,6 +213,7 @@ class Replica:
         # One that is suspended sleeps as well, which ends its suspension: the memory may be wanted.
         if self.state in (State.READY, State.SUSPENDED) and self._engine is not None:
             self.state = State.ASLEEP
+            self.load.forget()  # with the memory goes the KV cache
             try:
                 await self._engine.sleep()
             except EngineNotStarted as error:
@@ -250,8 +252,7 @@ class Replica:
         """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
         if self.state is State.REFUSED and self.verified is not None:
             return TierNotVerified(self.tier.name, self.verified.disagreements)
-        wait = max(1, math.ceil(self._due - time.monotonic()))
-        return TierUnavailable(self.tier.name, self.state.value, wait)
+        return TierUnavailable(self.tier.name, self.state.value, max(1, math.ceil(self._due - time.monotonic())))
 
     async def is_alive(self) -> bool:
         """Ask the engine now, and take it out of service at once if it is gone, or about to be."""

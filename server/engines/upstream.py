@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from tiers.probe.reading import DRAINING
+
+_DRAINING = DRAINING.encode()
 IDLE_S = 3.0
 """vLLM closes a connection that was idle for 5 s; a request sent into that would fail."""
 CONNECT_TIMEOUT_S = 5.0
@@ -28,6 +31,13 @@ class UpstreamBroke(Exception):
 
 class NotReached(UpstreamBroke):
     """The engine could not be reached: it has seen nothing of the request, which cannot be what ended it."""
+
+
+class Draining(NotReached):
+    """The engine is about to end and let the request in no further than its lock; nothing is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__("it drains, and takes no further request")
 
 
 def tls_for(url: str) -> ssl.SSLContext | None:
@@ -128,6 +138,8 @@ class Connection(asyncio.Protocol):
     def _begin_answer(self) -> None:
         self.status = 0
         self.content_type = b""
+        self.drains = False
+        """Whether the engine said so with its answer."""
         self._head_bytes = 0
         self._in_body = False
         self._is_whole = False
@@ -243,8 +255,13 @@ class Connection(asyncio.Protocol):
             raise httptools.HttpParserError  # a second answer to one request
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type" and not self._in_body:  # as trailers are
+        if self._in_body:
+            return  # as trailers are
+        name = name.lower()
+        if name == b"content-type":
             self.content_type = value
+        elif name == _DRAINING:
+            self.drains = True
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None

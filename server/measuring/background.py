@@ -29,8 +29,8 @@ async def certify_in_background(config: Config, pools: Sequence[Pool]) -> None:
     """
     if config.certify == "off":
         return
-    here = {tier.name for tier in config.tiers_here}
-    pools = [pool for pool in pools if pool.tier.name in here]  # whoever runs the others certifies them
+    own = {tier.name for tier in config.tiers_started}
+    pools = [pool for pool in pools if pool.tier.name in own]  # whoever runs the others certifies them
     references = {pool.tier.model for pool in pools if pool.tier.kind is TierKind.REFERENCE}
     tiers = [pool.tier.name for pool in _unmeasured(config, pools) if pool.tier.model in references]
     if not tiers:

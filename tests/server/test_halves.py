@@ -43,6 +43,7 @@ from tiers.source import EMBEDDED_MODEL
 from tiers.tier import TierKind
 
 KEY = "shared"
+RESTARTS, TIER = "assay_engine_restarts_total", {"tier": f"{EMBEDDED_MODEL}-Reference"}
 QUESTION = b'{"model":"SmolLM2-135M-Instruct"}'
 
 
@@ -241,6 +242,10 @@ async def test_an_engine_goes_away_and_another_comes_back_at_its_url(config: Con
         await engine.start()
         await half.until(State.READY)
         assert (await half.ask()).status == 200
+        (replica,) = half.following.pool.replicas
+        assert (replica.restarts, half.gateway.metrics.registry.get_sample_value(RESTARTS, TIER)) == (0, 0), (
+            "it is not for each gateway to count what somebody else has done with it"
+        )
 
 
 async def test_an_engine_that_drains_ends_what_it_has_and_is_asked_for_nothing_more(

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ from aiohttp import web
 from rich.console import Console
 
 from server.commands.console import complain, log_to
+from server.commands.engine import engine
+from server.commands.gateway import _one_of_several, gateway
+from server.config import Config
 from server.config_file import load_config
 from server.keys import KeyFile
+from server.one_engine import OneEngine
 from server.openai import Endpoint
 from server.progress import Steps
 from tests.conftest import ROOT
 from tests.server.conftest import Gateway, running_gateway
+from tests.server.test_cli import ELSEWHERE
 from tests.server.test_forward import CHUNK, streams
 from tests.server.tracing.test_tracing import MARK, MODEL, TIER, ask, parent, say_all, whole
 from tiers.errors import ConfigError
@@ -272,3 +277,38 @@ def test_all_that_a_server_writes_is_json_from_its_first_line_to_its_last(tmp_pa
     assert lines[-1]["level"] == "CRITICAL"
     assert "checkpoint" in lines[-1]["message"]
     assert done.stdout == ""
+
+
+def test_both_halves_say_in_a_json_log_that_they_are_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config's word is enough, without the environment's."""
+    monkeypatch.setenv("ASSAY_ENGINE_KEY", "key")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"log_format: json\nhome: {tmp_path}\nworkers: 2\nbackend: cpu\n{ELSEWHERE}")
+
+    async def run_workers(*arguments: Any) -> None:
+        arguments[-1]("http://127.0.0.1:8000")
+
+    async def run(self: OneEngine, steps: Steps, announce: Callable[[str], None], *, build: bool) -> None:
+        announce("http://127.0.0.1:8100")
+
+    monkeypatch.setattr("server.workers.run_workers", run_workers)
+    monkeypatch.setattr(OneEngine, "run", run)
+    gateway(config=file, host=None, port=None, workers=None)
+    engine("Reference", config=file, host="127.0.0.1", port=8100, build=False, print_only=False)
+    said = capsys.readouterr()
+    assert [line["url"] for line in read(said.err)] == ["http://127.0.0.1:8000", "http://127.0.0.1:8100"]
+    assert said.out == ""
+
+
+def test_each_of_several_gateway_processes_logs_as_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def serve(*_: object, **__: object) -> None:
+        logging.getLogger("assay").warning("at work")
+
+    monkeypatch.setattr("server.serve.serve", serve)
+    worker: Any = None
+    _one_of_several(Config(home=tmp_path, log_format="json"), worker)
+    assert [line["message"] for line in read(capsys.readouterr().err)] == ["at work"]

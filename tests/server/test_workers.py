@@ -3,16 +3,20 @@
 import asyncio
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import psutil
 import pytest
 
+from server import workers as module
 from server.config import Config
 from server.engines.fleet import Fleet
 from server.keys import KeyFile, Keys
@@ -128,6 +132,26 @@ async def test_a_port_that_somebody_has_is_not_shared_with_them(tmp_path: Path) 
         config = Config(home=tmp_path, port=taken.getsockname()[1], workers=2)
         with pytest.raises(PortTaken):
             await run_workers(one_of_several.cannot_begin, config, never, never, pytest.fail)
+
+
+async def test_nobody_is_killed_while_requests_may_still_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes requests for drain_grace_s more, and only then does drain_timeout_s begin."""
+    for name in ("GRACE_S", "LAST_WORDS_S"):
+        monkeypatch.setattr(module, name, 0.01)
+    asked, did = asyncio.Event(), []
+    asked.set()
+    began = time.monotonic()
+
+    def note(what: str) -> None:
+        did.append((what, time.monotonic() - began))
+
+    stands_for: Any = SimpleNamespace(stop=lambda: note("stop"), kill=lambda: note("kill"))
+    config = Config(home=tmp_path, drain_grace_s=0.2, drain_timeout_s=0.05)
+    await module._stop(stands_for, config, asked, asyncio.Event())
+    assert [what for what, _ in did] == ["stop", "kill"]
+    assert did[1][1] > 0.25
 
 
 async def test_serve_is_one_process_and_says_what_to_run_instead(tmp_path: Path) -> None:

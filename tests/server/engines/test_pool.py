@@ -20,6 +20,7 @@ from server.engines.fleet import Fleet
 from server.engines.pool import Pool
 from server.engines.state import State
 from server.engines.turns import Turns
+from server.engines.vitals import Patience
 from server.errors import TierNotVerified, TierUnavailable
 from server.keys import Keys
 from server.metrics import Metrics
@@ -33,6 +34,7 @@ from tests.tiers.test_verification import reading
 from tiers.engine import Backend
 from tiers.hardware import find_card
 from tiers.precision import BF16, FP8, Precision
+from tiers.probe.reading import DRAINING
 from tiers.verification import VerifiedPrecision, verify_precision
 
 AT_ONCE = 4
@@ -319,3 +321,46 @@ async def test_a_request_finds_the_one_that_is_left_of_many(three: Three, gatewa
     assert [replica.state for replica in gone] == [State.RESTARTING] * 2
     for replica in three.replicas:
         await replica.stop()
+
+
+async def test_engines_that_have_just_begun_to_drain_are_no_tries_and_have_not_erred(three: Three) -> None:
+    """As when a tier's engines are replaced: whoever drains has refused the request before it was its own."""
+    asked: list[str] = []
+
+    async def engine(request: web.Request) -> web.Response:
+        key = request.headers["authorization"].removeprefix("Bearer ")
+        if key != "engine-2":
+            asked.append(key)
+            return web.json_response({"error": {"code": "engine_draining"}}, status=503, headers={DRAINING: "1"})
+        return web.json_response(COMPLETION)
+
+    async with engines(three, engine):
+        *draining, left = three.replicas
+        for replica in draining:
+            replica.lose_patience(Patience(eject_after_errors=1))
+        answer = await three.gateway.post()
+        assert answer.status == 200, answer.body
+        assert {"engine-0", "engine-1"} == set(asked)
+        assert [replica.state for replica in draining] == [State.DRAINING] * 2
+        assert left.state is State.READY
+    assert three.gateway.metric("assay_engine_ejections_total") == 0
+
+
+async def test_a_request_that_may_have_ended_engines_does_not_go_round_them_all(three: Three) -> None:
+    """A response that is cut is asked for once more, briefly; that this is not let in makes it no less a try."""
+    begun: list[str] = []
+
+    async def engine(request: web.Request) -> web.StreamResponse:
+        if request.path != "/v1/responses" or not (await request.json())["stream"]:
+            return web.Response(status=503, headers={DRAINING: "1"})
+        begun.append(request.headers["authorization"])
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await answer.prepare(request)
+        assert request.transport is not None
+        request.transport.abort()
+        return answer
+
+    async with engines(three, engine):
+        body = b'{"model":"SmolLM2-135M-Instruct","input":"Hi","stream":true}'
+        assert (await three.gateway.post(body, path="/v1/responses")).status == 503
+    assert len(begun) == 2

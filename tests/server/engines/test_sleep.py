@@ -5,6 +5,7 @@ import json
 
 from aiohttp import web
 
+from server.engines.affinity import Work
 from server.engines.state import State
 from server.engines.turns import Turns
 from tests.server.conftest import Gateway
@@ -33,6 +34,16 @@ async def test_a_request_wakes_a_sleeping_tier(gateway: Gateway) -> None:
     assert paths(gateway) == [SLEEP_ROUTE, WAKE_ROUTE, "/v1/chat/completions"]
     assert gateway.metric("assay_tier_asleep") == 0
     assert gateway.metric("assay_wake_seconds_count") == 1
+
+
+async def test_an_engine_that_slept_has_lost_what_it_had_read(gateway: Gateway) -> None:
+    """With the GPU's memory goes its KV cache."""
+    gateway.handler = answers
+    load = gateway.replica.load
+    load.remember(Work(prompt=1000, head=7))
+    assert load.knows(7)
+    await gateway.replica.sleep()
+    assert not load.knows(7)
 
 
 async def test_an_idle_tier_falls_asleep(gateway: Gateway) -> None:

@@ -97,6 +97,23 @@ async def test_a_tier_without_one_is_measured_with_the_config_that_is_served(
     assert "the report is" in caplog.text, "it was measured, if only to fail"
 
 
+@pytest.mark.parametrize(("launch", "measured"), [("local", True), ("ray", True), ("url", False)])
+async def test_engines_that_this_server_started_are_measured_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: Pool, config: Config, launch: str, measured: bool
+) -> None:
+    """Each is found by what is written down of it; those that somebody else runs are theirs to certify."""
+    (model,) = config.models
+    urls = ("http://127.0.0.1:9",) if launch == "url" else ()
+    tiers = {
+        TierKind.REFERENCE: model.tiers[TierKind.REFERENCE].model_copy(update={"launch": launch, "urls": urls})
+    }
+    started = command(monkeypatch, tmp_path, nothing)
+    await certify_in_background(
+        config.model_copy(update={"models": (model.model_copy(update={"tiers": tiers}),)}), [pool]
+    )
+    assert bool(started.arguments) is measured
+
+
 async def test_what_was_measured_is_not_measured_again_and_a_void_one_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: Pool, config: Config, replica: FakeEngineReplica
 ) -> None:

@@ -12,16 +12,19 @@ from aiohttp import web
 
 from server.config import Config
 from server.engines.address import Address
-from server.engines.failures import PrecisionRefused
+from server.engines.failures import EngineNotStarted, PrecisionRefused
+from server.engines.following import Following
 from server.measuring import measurable as measurable_module
 from server.measuring import running as module
 from server.measuring.running import engines_to_measure, only
 from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
 from tests.server.conftest import Gateway
+from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading, with_layer
 from tiers.errors import ConfigError
+from tiers.manifest import Manifest
 from tiers.precision import BF16
 from tiers.probe.reading import OWN
 from tiers.source import EMBEDDED_MODEL
@@ -103,6 +106,63 @@ async def test_without_a_server_engines_are_started(config: Config, own: list[Co
     async with engines_to_measure(config, config.tiers, Steps()) as engines:
         assert engines == []
     assert own == [only(config, config.tiers)]
+
+
+async def test_an_engine_on_a_port_of_its_own_is_found_too(config: Config, own: list[Config]) -> None:
+    (tier,) = config.tiers
+    config.address_of(tier).rename(config.address_of(tier, 8102))
+    async with engines_to_measure(config, config.tiers, Steps()) as engines:
+        assert len(engines) == 1
+    assert own == []
+
+
+def elsewhere(config: Config, url: str) -> Config:
+    """The same with its tier's engines at a URL."""
+    config.address_of(config.tiers[0]).unlink()
+    tiers = {TierKind.REFERENCE: TierConfig(launch="url", urls=(url,))}
+    return config.model_copy(update={"models": (config.models[0].model_copy(update={"tiers": tiers}),)})
+
+
+def resolves(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Have every name have these."""
+    monkeypatch.setenv("ASSAY_ENGINE_KEY", "key")
+
+    async def addresses_of(url: str) -> frozenset[str]:
+        if not addresses:
+            raise OSError("no such name")
+        return frozenset(addresses)
+
+    for place in ("server.measuring.running", "server.elsewhere"):
+        monkeypatch.setattr(f"{place}.addresses_of", addresses_of)
+
+
+async def test_of_a_name_with_several_addresses_one_engine_is_measured(
+    config: Config, served: Served, gateway: Gateway, own: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that takes the next address at each connection would measure a mixture of them."""
+    manifest = Manifest.read(config.tiers[0].checkpoint)
+    served.read = served.read.model_copy(update={"checkpoint": manifest.digest})
+    resolves(monkeypatch, "127.0.0.1", "127.0.0.0")  # at the first of which nobody is
+    port = gateway.replica.url.rpartition(":")[2]
+    config = elsewhere(config, f"http://engines.invalid:{port}")
+    async with engines_to_measure(config, config.tiers, Steps()) as (running,):
+        for _ in range(3):
+            assert await running.engine.version() == "0.32.0"
+    assert {request.host for request in gateway.seen} == {f"engines.invalid:{port}"}
+    assert own == []
+
+
+async def test_a_name_that_has_no_address_is_a_sentence(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unknown(url: str) -> frozenset[str]:
+        raise OSError("no such name")
+
+    resolves(monkeypatch)
+    monkeypatch.setattr(Following.__init__, "__kwdefaults__", {"resolve": unknown, "look_s": 5.0})
+    checkpoint(config.home / "whole")
+    config = elsewhere(config, "http://engines.invalid:8100").model_copy(update={"home": config.home / "whole"})
+    with pytest.raises(EngineNotStarted, match=r"no engine to be measured at http://engines.invalid:8100"):
+        async with engines_to_measure(config, config.tiers, Steps()):
+            pass
 
 
 async def test_what_a_server_that_was_killed_left_is_not_believed(config: Config, own: list[Config]) -> None:
