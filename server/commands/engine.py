@@ -58,7 +58,7 @@ def engine(
         raise ConfigError(f"{tier} is of several models: name one, such as {chosen[0].name}.")
     one = OneEngine(settings, chosen[0], host, port)
     if print_only:
-        command = one.command()
+        command = asyncio.run(one.command())
         for name, value in sorted(command.environment.items()):
             shown = f"${{{VARIABLE}:?}}" if name == "VLLM_API_KEY" else shlex.quote(value)
             out.print(f"export {name}={shown}", soft_wrap=True, markup=False)
