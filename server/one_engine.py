@@ -1,7 +1,8 @@
 """`assay engine`: one tier's engine in the foreground, from its checkpoint to the last of its answers.
 
 It listens where gateways reach it, and answers whoever shows the shared key. Nobody starts it again: it ends with
-its engine, and whoever has started it sees that by its exit code.
+its engine, and whoever has started it sees that by its exit code. One with more GPUs than are here is
+a process of this machine all the same: only its workers go over the nodes of a Ray cluster, where vLLM puts them.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from server.config import Config
 from server.engine_key import VARIABLE, engine_key
 from server.engines.failures import EngineNotStarted
 from server.engines.replica import Replica
+from server.launch.gathering import Gathering, spills_over
 from server.launch.local import LocalLaunch, url_at
 from server.listener import listening_socket
 from server.metrics import Metrics
@@ -77,14 +79,15 @@ class OneEngine:
             f"{self.tier.slug}-{self._own_port}.log" if self._own_port else f"{self.tier.slug}.log"
         )
 
-    def command(self) -> EngineCommand:
+    async def command(self) -> EngineCommand:
         """What starts it, for those who do that by other means; its key is not that of any engine.
 
         Raises:
             AssayError: there is no checkpoint yet, or it would not fit.
         """
         Manifest.read(self.tier.checkpoint)
-        return self._launch(self._placed().tier).command(self._placed().tier)
+        gathering = await self._gathering()
+        return self._launch(gathering).command(self._plan(gathering).tier)
 
     async def run(self, steps: Steps, announce: Callable[[str], None], *, build: bool) -> None:
         """Start it, and return when it was asked to stop and its last answer is given.
@@ -101,7 +104,6 @@ class OneEngine:
         stop.listen()
         listening_socket(self._host, self._port).close()  # a port in use is found before any work
         engine_command(self.tier, self._backend, port=0, api_key="")  # refuses arguments that cannot be
-        self._placed()  # before hours of building
         preparing = asyncio.create_task(self._prepared(steps, build=build))
         if not await stop.unless_asked(preparing):
             return
@@ -118,11 +120,18 @@ class OneEngine:
         finally:
             await replica.stop()
 
-    def _placed(self) -> TierPlan:
-        """Its share of the machine, all of which is for it unless the config says how much. See `place`."""
+    async def _gathering(self) -> Gathering | None:
+        """The nodes that it goes over; None if all that it takes is here."""
+        here = Machine.here(self._backend)
+        return await Gathering.of(self.tier, self._config.ray, here) if spills_over(self.tier, here) else None
+
+    def _plan(self, gathering: Gathering | None) -> TierPlan:
+        """Its share of the machine, all of which is for it unless the config says how much, or of its nodes."""
+        if gathering is not None:
+            return gathering.plan(self.tier)
         return place((self.tier,), Machine.here(self._backend))[0]
 
-    def _launch(self, tier: Tier) -> LocalLaunch:
+    def _launch(self, gathering: Gathering | None) -> LocalLaunch:
         tracing = self._config.tracing
         return LocalLaunch(
             self._backend,
@@ -131,20 +140,23 @@ class OneEngine:
             key=self._key,
             finishes_within_s=math.ceil(self._config.drain_timeout_s),
             traces_url=tracing.traces_url if tracing else None,
+            over=gathering.over if gathering else None,
         )
 
     async def _prepared(self, steps: Steps, *, build: bool) -> Replica:
+        gathering = await self._gathering()
+        self._plan(gathering)  # before hours of building
         # Engines that share a volume start together: one builds, and the others wait for it.
         waits_s = self._config.start_timeout_s
         checkpoints = Checkpoints(self._config, steps, may_build=build, waits_s=waits_s)
         manifest = (await checkpoints.prepare([self.tier]))[self.tier.name]
-        plan = self._placed()
+        plan = self._plan(gathering)
         return Replica(
             plan.tier,
             manifest,
             plan.context_length,
             number=self._own_port or 1,
-            launch=self._launch(plan.tier),
+            launch=self._launch(gathering),
             checkpoints=checkpoints,
             logs=self._config.logs,
             metrics=Metrics(),

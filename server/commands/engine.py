@@ -47,6 +47,9 @@ def engine(
     checkpoint's manifest. SIGTERM lets running requests finish (drain_timeout_s) and takes no new ones; if the
     engine itself ends, the command does, with exit code 1.
 
+    One in stages (pipeline_parallel) with more GPUs than this machine has goes over the nodes of the Ray cluster
+    that this machine is in, and waits for them for ray.room_timeout_s.
+
     Example: assay engine Lite --config deploy/gateway.yaml --port 8102
     """
     from server.one_engine import OneEngine  # for which no other command need wait
@@ -59,7 +62,7 @@ def engine(
         raise ConfigError(f"{tier} is of several models: name one, such as {chosen[0].name}.")
     one = OneEngine(settings, chosen[0], host, port)
     if print_only:
-        command = one.command()
+        command = asyncio.run(one.command())
         for name, value in sorted(command.environment.items()):
             shown = f"${{{VARIABLE}:?}}" if name == "VLLM_API_KEY" else shlex.quote(value)
             out.print(f"export {name}={shown}", soft_wrap=True, markup=False)

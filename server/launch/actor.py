@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.launch.launch import Launched
+from server.launch.over_nodes import over_nodes_environment
 from server.launch.process import LocalProcess, free_port, tethered
 from tiers.engine import Backend, engine_command
 from tiers.errors import AssayError
 from tiers.hardware import Machine
 from tiers.manifest import MANIFEST_NAME
-from tiers.probe.group import GROUP
 from tiers.tier import Tier
 
 LOOPBACK = "127.0.0.1"
@@ -121,11 +121,5 @@ def _environment(order: Order, node: str) -> dict[str, str]:
 
     environment = {"OMP_NUM_THREADS": str(order.tier.resources.cpus)} if order.backend == "cpu" else {}
     if order.group is not None:
-        environment |= {
-            GROUP: order.group,
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Its workers on other nodes talk to it.
-            "VLLM_HOST_IP": node,
-        }
+        environment |= over_nodes_environment(ray.get_runtime_context().gcs_address, node, order.group)
     return environment

@@ -1,4 +1,4 @@
-"""A Ray cluster as the gateway sees it: joined once, asked for its nodes, left. Knows no engines."""
+"""A Ray cluster as whoever starts engines on it sees it: joined, asked for its nodes, left. Knows no engines."""
 
 import asyncio
 import importlib.util
@@ -20,7 +20,7 @@ REACH_TIMEOUT_S = 5.0
 
 
 class RayConfig(BaseModel):
-    """Which Ray cluster the tiers with `launch: ray` are on."""
+    """Which Ray cluster the tiers with `launch: ray` are on, and what `assay engine` starts over several nodes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,7 +33,8 @@ class RayConfig(BaseModel):
         default=300,
         gt=0,
         description="How long a replica waits for a node with room, which an autoscaler may have to bring, before "
-        "that is said and tried again.",
+        "that is said and tried again; and `assay engine` for all nodes that its engine goes over, before it "
+        "ends.",
     )
 
     @field_validator("address")
@@ -50,12 +51,15 @@ class RayConfig(BaseModel):
 class Cluster:
     """The one that was joined."""
 
-    def __init__(self, ray: ModuleType, settings: RayConfig, here: str, nodes: Sequence[Machine]) -> None:
+    def __init__(
+        self, ray: ModuleType, settings: RayConfig, backend: Backend, here: str, nodes: Sequence[Machine]
+    ) -> None:
         self.ray: Any = ray
         """The package, which is only there where it is needed."""
         self.settings = settings
+        self._backend = backend
         self.here = here
-        """The gateway's own address in it."""
+        """The address in it of the node that this is."""
         self.nodes = tuple(nodes)
         """Those that had CPUs or GPUs to give when it was joined."""
 
@@ -72,6 +76,23 @@ class Cluster:
         # Not in the main thread: there it would take SIGTERM for itself.
         return await asyncio.to_thread(_join, settings, backend)
 
+    @property
+    def gcs_address(self) -> str:
+        """Where its nodes meet, as host:port."""
+        return str(self.ray.get_runtime_context().gcs_address)
+
+    async def look(self) -> Sequence[Machine]:
+        """Those of its nodes that have CPUs or GPUs to give by now.
+
+        Raises:
+            ConfigError: one of them does not run Assay, or was lost as it was asked.
+        """
+        return await asyncio.to_thread(_nodes, self.ray, self._backend)
+
+    async def leave(self) -> None:
+        """Be in it no longer; what runs there for this process ends."""
+        await asyncio.to_thread(self.ray.shutdown)
+
 
 def check_installed() -> None:
     """Whether the package is here.
@@ -81,8 +102,8 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            "`launch: ray` needs the package ray, which is not installed: pip install 'assay[ray]', here and on "
-            "every node of the cluster."
+            "Engines on a Ray cluster need the package ray, which is not installed: pip install 'assay[ray]', "
+            "here and on every node of the cluster."
         )
 
 
@@ -105,14 +126,18 @@ def _join(settings: RayConfig, backend: Backend) -> Cluster:
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _no_cluster(settings, error) from error
-    nodes = _nodes(ray, backend)
+    try:
+        nodes = _nodes(ray, backend)
+    except ConfigError:
+        ray.shutdown()
+        raise
     if not nodes:
         ray.shutdown()
         raise ConfigError(
             f"No node of the Ray cluster at {settings.address!r} has {'GPUs' if backend == 'cuda' else 'CPUs'} to "
-            "give, which `launch: ray` puts engines on."
+            "give to engines."
         )
-    return Cluster(ray, settings, ray.util.get_node_ip_address(), nodes)
+    return Cluster(ray, settings, backend, ray.util.get_node_ip_address(), nodes)
 
 
 def _no_cluster(settings: RayConfig, error: Exception) -> ConfigError:
@@ -148,7 +173,6 @@ def _nodes(ray: Any, backend: Backend) -> list[Machine]:
     try:
         return list(ray.get(asked))
     except ray.exceptions.RayError as error:
-        ray.shutdown()
         raise ConfigError(
             "A node of the Ray cluster does not run Assay "
             f"({str(error).splitlines()[-1][:200]}): install the same version there."

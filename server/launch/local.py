@@ -1,10 +1,11 @@
 """Engines as processes on this machine."""
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.launch.launch import Launched
+from server.launch.over_nodes import OverNodes
 from server.launch.process import LocalProcess, free_port
 from tiers.engine import LOOPBACK, Backend, EngineCommand, engine_command
 from tiers.tier import Tier
@@ -25,6 +26,8 @@ class LocalLaunch:
     """How long vLLM lets running requests take when it is ended by somebody else."""
     traces_url: str | None = None
     """Where it sends its spans of requests that are traced."""
+    over: OverNodes | None = None
+    """The Ray cluster over whose nodes vLLM puts its workers, if they are not all here."""
 
     def command(self, tier: Tier) -> EngineCommand:
         """What it starts.
@@ -32,16 +35,20 @@ class LocalLaunch:
         Raises:
             ConfigError: the config asks vLLM for what cannot be.
         """
-        return engine_command(
+        command = engine_command(
             tier,
             self.backend,
             self.port or free_port(),
             self.key or secrets.token_urlsafe(32),
             host=self.host,
+            over_nodes=self.over is not None,
             finishes_within_s=self.finishes_within_s,
             takes_faults=self.takes_faults,
             traces_url=self.traces_url,
         )
+        if self.over is None:
+            return command
+        return replace(command, environment=command.environment | self.over.environment(tier))
 
     async def begin(self, tier: Tier, log: Path) -> Launched:
         """See `Launch.begin`."""

@@ -16,7 +16,12 @@ from referencing import Registry, Resource
 from server.cli import app
 from server.config import Config
 from server.config_file import load_config
+from server.engine_key import VARIABLE
+from server.launch.gathering import Gathering, spills_over
+from server.launch.local import LocalLaunch
+from server.launch.over_nodes import OverNodes
 from server.metrics import Metrics
+from server.one_engine import OneEngine
 from tests.deploy.cluster import (
     KUBERNETES,
     NAMESPACE,
@@ -34,11 +39,12 @@ from tests.deploy.cluster import (
     selects,
     unique,
 )
+from tiers.errors import PlacementError
 from tiers.hardware import Machine, find_card
 from tiers.memory import weights_of
-from tiers.placement import alone, together
+from tiers.placement import together
 from tiers.plan import shape_of
-from tiers.tier import Tier
+from tiers.tier import Tier, TierKind
 
 BUILT_IN = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.37.0-local-strict"
 """Kubernetes' own schemas, in which a field that it does not know is an error."""
@@ -438,12 +444,34 @@ def test_every_engine_fits_on_the_cards_of_its_pod(overlay: str, tmp_path: Path)
         card, count = find_card(CARDS[label]), gpus_of(pods[0])
         assert len(pods) * count == len(tier.resources.gpus) == len(pods) * gpus_of(pods[-1])
         if len(pods) == 1:
-            plan = together((tier,), Machine.of(card, count))
-        else:
-            plan = alone((tier,), Machine.of(card, count, len(pods)))
-            assert plan.tiers[0].pipeline_parallel == tier.resources.pipeline_parallel
-            assert plan.tiers[0].tensor_parallel == tier.resources.tensor_parallel
-        assert plan.problems == ()
+            assert together((tier,), Machine.of(card, count)).problems == ()
+
+
+def test_the_leader_of_two_pods_starts_an_engine_over_the_cards_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "a-secret")
+    cluster = Cluster.of("405b")
+    leader, worker = cluster.engines()["reference"]
+    (written,) = (tier for tier in tiers_of(cluster, tmp_path) if tier.kind is TierKind.REFERENCE)
+    tier = OneEngine(load_config(tmp_path / "assay.yaml"), written, "127.0.0.1", 8100).tier
+    nodes = tuple(
+        Machine.of(find_card(CARDS[pod.spec["nodeSelector"]["nvidia.com/gpu.product"]]), gpus_of(pod))
+        for pod in (leader, worker)
+    )
+    assert spills_over(tier, nodes[0])
+    over = OverNodes("10.0.0.7:6379", "10.0.0.7", gpus=gpus_of(leader))
+    plan = Gathering(nodes, over).plan(tier)
+    assert (plan.gpus, plan.tensor_parallel, plan.pipeline_parallel) == (16, 8, 2)
+    command = LocalLaunch("cuda", host="0.0.0.0", port=8100, over=over).command(plan.tier)
+    assert "--distributed-executor-backend=ray" in command.arguments
+    # What the pod would say of its own address would be laid over by this; the worker's process is Ray's.
+    assert command.environment["VLLM_HOST_IP"] == over.node
+    names = [each["name"] for pod in (leader, worker) for each in pod.main["env"]]
+    assert names.count("VLLM_HOST_IP") == 1
+    assert "VLLM_HOST_IP" in worker.environment()
+    with pytest.raises(PlacementError, match="add nodes"):
+        Gathering(nodes[:1], over).plan(tier)
 
 
 def tiers_of(cluster: Cluster, folder: Path) -> tuple[Tier, ...]:
@@ -494,8 +522,9 @@ def test_an_engine_may_load_for_as_long_as_it_takes(config: Config, cluster: Clu
     for tier in config.tiers:
         pod = cluster.engines()[tier.kind.lower()][0]
         digests = weights_bytes(tier) / SLOWEST_VOLUME
-        # It is first read for its digests; what start_timeout_s bounds comes after.
-        assert window_s(pod.main["startupProbe"]) > digests + config.start_timeout_s, pod.owner
+        # A second pod is waited for, and it is read for its digests; what start_timeout_s bounds comes after.
+        joins = config.ray.room_timeout_s if len(cluster.engines()[tier.kind.lower()]) > 1 else 0
+        assert window_s(pod.main["startupProbe"]) > joins + digests + config.start_timeout_s, pod.owner
         assert config.start_timeout_s > digests + COMPILING_S, pod.owner
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.engines.conftest import MODEL, ROOT, Server, home_in
 from tiers.operators.findings import Finding
 
