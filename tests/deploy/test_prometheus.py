@@ -23,6 +23,7 @@ from server.errors import Refusal
 from server.launch.process import free_port
 from tests.deploy import asked
 from tests.deploy.asked import ROOT, Asked, Scrape, asked_in
+from tests.deploy.cluster import rendered
 from tests.programs import program
 from tests.server.conftest import Gateway, running_gateway
 from tests.server.test_metrics import CHUNK, DONE, STREAM, stream, usage_event
@@ -83,7 +84,15 @@ def test_the_rules_know_the_jobs_by_the_names_that_they_are_scraped_under() -> N
     jobs = {
         each["job_name"] for each in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
     }
-    assert set(re.findall(r'job="([^"]+)"', asked.RULES.read_text())) == jobs
+    named = set(re.findall(r'job="([^"]+)"', asked.RULES.read_text()))
+    assert named == jobs, "where prometheus.yml scrapes"
+    monitors = [each for each in rendered("prometheus-operator") if each["kind"] == "ServiceMonitor"]
+    endpoints = [endpoint for each in monitors for endpoint in each["spec"]["endpoints"]]
+    relabelled = [
+        [one["replacement"] for one in each.get("relabelings", ()) if one["targetLabel"] == "job"]
+        for each in endpoints
+    ]
+    assert sorted(relabelled) == sorted([job] for job in named), "where its operator does"
 
 
 def kinds(kind: type[Refusal] = Refusal) -> Iterator[type[Refusal]]:
