@@ -188,6 +188,14 @@ def test_what_the_file_says_at_its_head_is_in_the_guide_and_makes_a_key_before_i
         assert 0 < added < started
 
 
+def test_the_guides_commands_are_of_services_and_profiles_that_are_there() -> None:
+    asked = re.findall(
+        r"^(?:.* )?docker compose .*?(?:run --rm --no-deps|restart) (\S+)", GUIDE, flags=re.MULTILINE
+    )
+    assert {"demo", "gateway", "lite"} <= set(asked) <= set(SERVICES)
+    assert set(re.findall(r"--profile (\w+)", GUIDE)) == {"cpu", "gpu"}
+
+
 def test_nobody_is_promised_a_certificate_where_nobody_measures() -> None:
     """A gateway measures engines of its own only; others are measured by a command, which the guide names."""
     for name in ("gateway", "demo"):
