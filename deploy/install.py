@@ -84,6 +84,8 @@ class Environment:
     """What must be importable once all is installed."""
     bare_packages: tuple[str, ...] = ()
     """Installed without what they depend on."""
+    of_images: tuple[str, ...] = ()
+    """Extras that images have besides, each named like what it brings to import."""
 
     @property
     def root(self) -> str:
@@ -114,9 +116,10 @@ class Environment:
             return {}
         return stamp
 
-    def without_source(self) -> Environment:
-        """The same, tried with what others wrote only: Assay's own modules are laid beside it later."""
-        return replace(self, modules=tuple(name for name in self.modules if name.split(".")[0] not in OURS))
+    def of_image(self) -> Environment:
+        """An image's, tried with what others wrote only: Assay's own modules are laid beside it later."""
+        theirs = tuple(name for name in self.modules if name.split(".")[0] not in OURS)
+        return replace(self, extras=self.extras + self.of_images, modules=theirs + self.of_images)
 
     def is_finished(self) -> bool:
         return self.python.exists() and self.wanted.items() <= self.stamped.items()
@@ -187,6 +190,8 @@ def environments(backend: str, *, dev: bool) -> tuple[Environment, Environment]:
         backend=backend,
         extras=(backend, "dev") if dev else (backend,),
         modules=("server.cli", "vllm.entrypoints.openai.api_server"),
+        # An engine over several nodes is a Ray cluster's, and nothing is added to an image that runs.
+        of_images=("ray",),
     )
     quantize = Environment(
         title="Environment .venv-quantize: llm-compressor",
@@ -271,7 +276,7 @@ def main() -> int:
     both = dict(zip(("gateway", "quantize"), environments(backend, dev=options.dev), strict=True))
     wanted = [both[options.only]] if options.only else list(both.values())
     if options.without_source:
-        wanted = [each.without_source() for each in wanted]
+        wanted = [each.of_image() for each in wanted]
     unfinished = [each for each in wanted if not each.is_finished()]
     if not unfinished:
         return 0

@@ -1,8 +1,9 @@
 """/healthz, /readyz and /metrics: what an orchestrator and Prometheus ask."""
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -43,11 +44,21 @@ def health_router(
         return Health()
 
     @router.get("/readyz", responses={503: {"model": Readiness}})
-    async def readyz(response: Response) -> Readiness:
+    async def readyz(
+        response: Response,
+        some: Annotated[
+            bool,
+            Query(
+                description="Whether it is enough that one tier answers, for who asks whether this server is of "
+                "any use."
+            ),
+        ] = False,
+    ) -> Readiness:
         """Which tiers answer; 503 until all do that are in service, and once the server stops."""
         answer = {pool: gate.answers(pool) for pool in fleet.pools}
         wanted = [pool for pool in fleet.pools if not pool.service.closed]
-        accepted = bool(wanted) and all(answer[pool] or pool.service.is_paused for pool in wanted)
+        enough = any if some else all
+        accepted = bool(wanted) and enough(answer[pool] or pool.service.is_paused for pool in wanted)
         ready = accepted and not intake.is_ending
         if not ready:
             response.status_code = 503

@@ -15,7 +15,9 @@ AN_OPERATOR_S = 60
 
 
 class TierDrained(TierUnavailable):
-    """An operator has taken the tier out of service, for as long as that takes."""
+    """An operator has taken the tier out of service, for as long as that takes: no failure to be alarmed by."""
+
+    code = "tier_drained"
 
     def __init__(self, tier: str) -> None:
         sentence = f"{tier} is out of service, an operator has drained it; try again in {AN_OPERATOR_S} s or more."

@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from server.config import Config
+from server.config_file import load_config
+from tests.deploy.cluster import Cluster, unique
 from tiers.tier import TierKind
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 ENGINES = ("reference", "turbo", "lite")
 JOBS = ("checkpoints",)
-EYES = (ROOT / "deploy" / "prometheus", ROOT / "deploy" / "grafana")
+GUIDE = (ROOT / "deploy" / "README.md").read_text()
 HEALTHCHECK = ROOT / "deploy" / "image" / "healthcheck.py"
 
 
@@ -62,7 +64,8 @@ def test_every_image_that_is_not_ours_is_pinned() -> None:
 def test_ours_are_targets_of_the_dockerfile_under_their_names(name: str) -> None:
     build, image = OURS[name]["build"], without_variables(OURS[name]["image"])
     assert (FOLDER / build["context"]).resolve() == ROOT
-    assert image == f"assay:{build['target']}"
+    name, _, backend = build["target"].rpartition("-")
+    assert image == f"{'-'.join(['assay', *name.split()])}:{backend}"
     assert f" AS {build['target']}\n" in (ROOT / "Dockerfile").read_text()
 
 
@@ -104,7 +107,7 @@ def test_engines_on_one_card_start_one_after_the_other_and_the_gateway_after_all
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_an_engine_has_the_gpu_and_room_for_its_processes_and_only_the_gateway_reaches_it(name: str) -> None:
+def test_an_engine_has_the_gpu_and_room_for_its_processes_and_only_who_must_reaches_it(name: str) -> None:
     engine = SERVICES[name]
     (device,) = engine["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "device_ids": ["0"], "capabilities": ["gpu"]}
@@ -113,7 +116,7 @@ def test_an_engine_has_the_gpu_and_room_for_its_processes_and_only_the_gateway_r
     assert "ports" not in engine
     assert COMPOSE["networks"]["engines"] == {"internal": True}
     others = {other for other, each in SERVICES.items() if "engines" in each["networks"]}
-    assert others == {*ENGINES, "gateway"}
+    assert others == {*ENGINES, "gateway", "prometheus"}
     assert engine["command"][:2] == ["engine", name.capitalize()]
 
 
@@ -137,32 +140,93 @@ def test_prometheus_finds_the_gateway_by_one_name_in_both_profiles(profile: str)
     assert {"prometheus", "grafana"} <= set(running(profile))
 
 
+def test_prometheus_shows_engines_the_key_that_it_was_given() -> None:
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    asked = {each["authorization"]["credentials_file"] for each in scraped if "authorization" in each}
+    assert asked == {f"/run/secrets/{secret}" for secret in SERVICES["prometheus"]["secrets"]}
+    names = {name for each in scraped for one in each["dns_sd_configs"] for name in one["names"]}
+    assert names == {"gateway", *ENGINES}
+
+
+def config_of(name: str) -> Config:
+    """What a service reads."""
+    (mounted,) = SERVICES[name]["configs"]
+    assert mounted["target"] == "/etc/assay/assay.yaml"
+    return load_config(FOLDER / COMPOSE["configs"][mounted["source"]]["file"])
+
+
+def drains_for(config: Config) -> float:
+    """How long a server may take to end, by what it says itself."""
+    return config.drain_grace_s + config.drain_timeout_s + 20
+
+
 @pytest.mark.parametrize("name", [name for name in OURS if name not in JOBS])
 def test_requests_may_finish_before_a_container_is_killed(name: str) -> None:
-    assert seconds(OURS[name]["stop_grace_period"]) > Config().drain_timeout_s + 20
+    assert seconds(OURS[name]["stop_grace_period"]) >= drains_for(config_of(name))
+
+
+def test_the_guides_container_may_finish_its_requests_too() -> None:
+    (waits,) = re.findall(r"--stop-timeout (\d+)", GUIDE)
+    assert int(waits) >= drains_for(Config())
+
+
+def test_the_guides_images_are_those_that_compose_and_kubernetes_run() -> None:
+    tagged = set(re.findall(r"^docker build .*--tag (\S+)", GUIDE, flags=re.MULTILINE))
+    ours = {without_variables(each["image"]) for each in OURS.values()}
+    run = set(re.findall(r"^docker run .* (assay\S*:\S+) ", GUIDE, flags=re.MULTILINE))
+    pods = {each["image"] for pod in Cluster(list(unique())).pods() for each in pod.containers}
+    assert tagged == ours | {image for image in pods if image.startswith("assay")}
+    assert run <= tagged
+
+
+def test_what_the_file_says_at_its_head_is_in_the_guide_and_makes_a_key_before_it_starts() -> None:
+    head = re.findall(r"^#   (\S.*?)(?: +#.*)?$", (FOLDER / "compose.yaml").read_text(), flags=re.MULTILINE)
+    assert [line for line in head if line not in GUIDE.splitlines()] == []
+    for profile, service in (("cpu", "demo"), ("gpu", "gateway")):
+        added = next(at for at, line in enumerate(head) if line.endswith(f"{service} keys add alice"))
+        started = next(at for at, line in enumerate(head) if f"--profile {profile} up" in line)
+        assert 0 < added < started
+
+
+def test_the_guides_commands_are_of_services_and_profiles_that_are_there() -> None:
+    asked = re.findall(
+        r"^(?:.* )?docker compose .*?(?:run --rm --no-deps|restart) (\S+)", GUIDE, flags=re.MULTILINE
+    )
+    assert {"demo", "gateway", "lite"} <= set(asked) <= set(SERVICES)
+    assert set(re.findall(r"--profile (\w+)", GUIDE)) == {"cpu", "gpu"}
+
+
+def test_nobody_is_promised_a_certificate_where_nobody_measures() -> None:
+    """A gateway measures engines of its own only; others are measured by a command, which the guide names."""
+    for name in ("gateway", "demo"):
+        assert (config_of(name).certify == "off") == (SERVICES[name]["command"][0] == "gateway")
+    assert "run --rm --no-deps gateway certify --config /etc/assay/assay.yaml\n" in GUIDE
 
 
 def test_an_engine_may_load_as_long_as_its_config_gives_it() -> None:
-    config = yaml.safe_load((FOLDER / "gpu.yaml").read_text())
     for name in ENGINES:
-        assert seconds(SERVICES[name]["healthcheck"]["start_period"]) >= config["start_timeout_s"]
+        assert seconds(SERVICES[name]["healthcheck"]["start_period"]) >= config_of(name).start_timeout_s
 
 
 def test_the_gpu_config_is_that_of_one_80_gb_card_with_engines_elsewhere() -> None:
-    here = yaml.safe_load((ROOT / "deploy" / "llama-3.1-8b.yaml").read_text())
-    there = yaml.safe_load((FOLDER / "gpu.yaml").read_text())
-    for kind, tier in there["models"][0]["tiers"].items():
-        assert tier.pop("launch") == "url"
-        assert tier.pop("urls") == [f"http://{kind.lower()}:8100"]
-        assert here["models"][0]["tiers"][kind].pop("gpus") == [0]
-    assert there["models"] == here["models"]
-    assert there["engine_key"] == "/run/secrets/engine_key"
-    assert list(there["models"][0]["tiers"]) == [kind.value for kind in TierKind]
+    (here,) = load_config(ROOT / "deploy" / "llama-3.1-8b.yaml").models
+    config = config_of("gateway")
+    (there,) = config.models
+    assert list(there.tiers) == list(TierKind)
+    elsewhere = {
+        kind: tier.model_copy(update={"launch": "url", "urls": there.tiers[kind].urls})
+        for kind, tier in here.tiers.items()
+    }
+    assert all(tier.gpus == (0,) for tier in here.tiers.values())
+    assert there == here.model_copy(update={"tiers": elsewhere})
+    assert {kind.value.lower(): tier.urls for kind, tier in there.tiers.items()} == {
+        name: (f"http://{name}:8100",) for name in ENGINES
+    }
+    assert str(config.engine_key) == "/run/secrets/engine_key"
 
 
 def test_the_cpu_config_is_the_embedded_models() -> None:
-    here = Config.model_validate(yaml.safe_load((ROOT / "deploy" / "embedded.yaml").read_text()))
-    there = Config.model_validate(yaml.safe_load((FOLDER / "cpu.yaml").read_text()))
+    here, there = load_config(ROOT / "deploy" / "embedded.yaml"), config_of("demo")
     assert there.models == here.models
     assert (there.host, there.port) == ("0.0.0.0", 8000)
 
@@ -171,7 +235,7 @@ def test_the_cpu_config_is_the_embedded_models() -> None:
 def test_what_is_mounted_from_here_is_here(name: str) -> None:
     sources = [mount.split(":")[0] for mount in SERVICES[name].get("volumes", ())]
     here = [FOLDER / source for source in sources if source.startswith(".")]
-    assert all(folder.exists() for folder in here if any(each.exists() for each in EYES)), here
+    assert all(folder.exists() for folder in here), here
     assert {source for source in sources if not source.startswith(".")} <= set(COMPOSE["volumes"])
     configs = [each["source"] for each in SERVICES[name].get("configs", ())]
     assert all((FOLDER / COMPOSE["configs"][each]["file"]).exists() for each in configs)

@@ -180,7 +180,7 @@ def test_each_schema_is_one_and_of_a_kind_that_is_used() -> None:
         jsonschema.Draft202012Validator.check_schema(json.loads(path.read_text()))
     custom = {each["kind"].lower() for each in unique() if "." in each["apiVersion"].partition("/")[0]}
     ours = {path.stem for path in SCHEMAS.glob("*.json")}
-    assert ours <= custom | {"prometheusrule"}
+    assert ours <= custom
 
 
 def test_nothing_is_in_a_syntax_that_only_a_newer_kustomize_reads() -> None:
@@ -293,6 +293,16 @@ def test_everybody_finds_names_and_only_the_build_leaves_the_cluster(cluster: Cl
         assert may_reach(policies, own, hub, 443) == (pod.component == "build"), pod.owner
         assert not may_reach(policies, own, hub, 80)
         assert not any(may_reach(policies, own, each, 443) for each in inside)
+
+
+def test_who_has_spans_of_a_trace_reaches_the_collector_and_nobody_else_does(cluster: Cluster) -> None:
+    policies = cluster.all("NetworkPolicy")
+    collector = Party({"app": "collector"}, "monitoring")
+    for pod in cluster.pods():
+        own, traced = Party(pod.labels), pod.component in ("gateway", "engine")
+        assert may_reach(policies, own, collector, 4318) == traced, pod.owner
+        assert not may_reach(policies, own, Party({"app": "collector"}, "default"), 4318)
+        assert not may_reach(policies, own, collector, 9090)
 
 
 def test_limits_are_the_gateways_alone() -> None:
@@ -507,7 +517,7 @@ def test_a_pod_that_goes_has_time_for_what_it_answers(config: Config, cluster: C
     answering = [pod for pod in cluster.pods() if pod.component in ("gateway", "engine") and is_leader(pod)]
     assert len(answering) == 1 + len(config.tiers)
     for pod in answering:
-        needed = pre_stop_s(pod) + config.drain_timeout_s + TEARDOWN_S
+        needed = pre_stop_s(pod) + config.drain_grace_s + config.drain_timeout_s + TEARDOWN_S
         assert pod.spec["terminationGracePeriodSeconds"] >= needed, pod.owner
 
 
@@ -529,7 +539,7 @@ def test_an_engine_may_load_for_as_long_as_it_takes(config: Config, cluster: Clu
 
 
 def test_no_probe_needs_a_key_and_none_kills_what_is_busy(cluster: Cluster) -> None:
-    paths = {"gateway": {"/readyz", "/healthz"}, "engine": {"/health"}}
+    paths = {"gateway": {"/readyz?some=true", "/healthz"}, "engine": {"/health"}}
     for pod in cluster.pods():
         if pod.component not in paths or not is_leader(pod):
             continue
@@ -556,7 +566,9 @@ def test_a_rollout_takes_no_gateway_away_before_another_is_there_and_no_gpu_twic
         (pod,) = pods_of(each)
         if pod.component == "gateway":
             assert each["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
-            assert pod.main["startupProbe"]["httpGet"]["path"] == "/readyz", "what a rollout waits for"
+            # A rollout waits for it, and so does a lost pod's successor, which a tier that is down must not stop.
+            assert pod.main["startupProbe"]["httpGet"]["path"] == "/readyz?some=true"
+            assert pod.main["readinessProbe"]["httpGet"]["path"] == "/healthz"
         if pod.component == "engine":
             assert each["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
 
@@ -564,6 +576,19 @@ def test_a_rollout_takes_no_gateway_away_before_another_is_there_and_no_gpu_twic
 def test_a_tier_is_served_once_it_is_certified_where_it_is_for_callers(config: Config, overlay: str) -> None:
     assert config.gate == ("warn" if overlay == "demo-cpu" else "enforce")
     assert config.certify == "off", "a gateway has nothing to measure with"
+
+
+def test_argo_builds_then_starts_engines_then_certifies_and_only_then_replaces_gateways(cluster: Cluster) -> None:
+    def wave(each: Object) -> int:
+        return int(each["metadata"].get("annotations", {}).get("argocd.argoproj.io/sync-wave", "0"))
+
+    waves: dict[str, set[int]] = {}
+    for each in cluster.objects:
+        for pod in pods_of(each):
+            waves.setdefault(pod.component, set()).add(wave(each))
+    assert waves.pop("limits", {0}) == {0}
+    assert waves == {"build": {-1}, "engine": {0}, "certify": {1}, "gateway": {2}}
+    assert all(wave(each) == 2 for each in cluster.all("HorizontalPodAutoscaler")), "it would miss its Deployment"
 
 
 def test_a_verdict_is_asked_for_once(cluster: Cluster) -> None:

@@ -21,8 +21,10 @@ from server import series
 from server.engines.state import State
 from server.errors import Refusal
 from server.launch.process import free_port
+from server.shared_limits import LimitsUnreachable
 from tests.deploy import asked
 from tests.deploy.asked import ROOT, Asked, Scrape, asked_in
+from tests.deploy.cluster import rendered
 from tests.programs import program
 from tests.server.conftest import Gateway, running_gateway
 from tests.server.test_metrics import CHUNK, DONE, STREAM, stream, usage_event
@@ -83,7 +85,15 @@ def test_the_rules_know_the_jobs_by_the_names_that_they_are_scraped_under() -> N
     jobs = {
         each["job_name"] for each in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
     }
-    assert set(re.findall(r'job="([^"]+)"', asked.RULES.read_text())) == jobs
+    named = set(re.findall(r'job="([^"]+)"', asked.RULES.read_text()))
+    assert named == jobs, "where prometheus.yml scrapes"
+    monitors = [each for each in rendered("prometheus-operator") if each["kind"] == "ServiceMonitor"]
+    endpoints = [endpoint for each in monitors for endpoint in each["spec"]["endpoints"]]
+    relabelled = [
+        [one["replacement"] for one in each.get("relabelings", ()) if one["targetLabel"] == "job"]
+        for each in endpoints
+    ]
+    assert sorted(relabelled) == sorted([job] for job in named), "where its operator does"
 
 
 def kinds(kind: type[Refusal] = Refusal) -> Iterator[type[Refusal]]:
@@ -94,6 +104,7 @@ def kinds(kind: type[Refusal] = Refusal) -> Iterator[type[Refusal]]:
 
 def test_the_codes_that_rules_name_are_those_of_errors() -> None:
     codes = {each.code for each in kinds()}
+    assert LimitsUnreachable.code in codes, "whose module a gateway without Redis does not read"
     named = {
         code
         for match in re.findall(r'code(?:=|!=|!~|=~)"([^"]+)"', "".join(asked.rule_queries().values()))
@@ -105,8 +116,8 @@ def test_the_codes_that_rules_name_are_those_of_errors() -> None:
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
 def test_every_alert_says_what_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
-    assert {"summary", "description", "runbook"} <= set(rule["annotations"])
-    anchor = rule["annotations"]["runbook"].partition("#")[2]
+    assert {"summary", "description", "runbook_url"} <= set(rule["annotations"])
+    anchor = rule["annotations"]["runbook_url"].partition("#")[2]
     assert anchor == rule["alert"].lower()
     assert rule["labels"]["severity"] in ("page", "ticket")
     headings = re.findall(r"^#+ (.+)$", GUIDE.read_text(), flags=re.MULTILINE)

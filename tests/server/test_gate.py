@@ -1,8 +1,10 @@
 """What becomes of callers of a tier that no certificate vouches for."""
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,3 +195,22 @@ class TwoTiers:
         ]
         app = build_app(config, Fleet(pools), Keys(config.keys_file), metrics)
         return cls(Gateway(app, reference, metrics), turbo)
+
+
+async def test_who_asks_for_some_tier_is_content_with_one_that_has_passed(
+    gateway: Gateway, tmp_path: Path, looks_at_once: None
+) -> None:
+    """As a new gateway's startup probe is: it is of use to those whom the tiers that are well answer."""
+    two = await TwoTiers.in_front_of(gateway, tmp_path)
+
+    async def readyz(query: bytes) -> tuple[int, Any]:
+        answer = await two.gateway.post(b"", path="/readyz", method="GET", query=query)
+        return answer.status, json.loads(answer.body)
+
+    assert ((await readyz(b""))[0], (await readyz(b"some=true"))[0]) == (503, 503), "none has passed"
+    save(tmp_path, two.turbo)
+    states = {f"{MODEL}-Reference": "not certified", f"{MODEL}-Turbo": "ready"}
+    assert await readyz(b"") == (503, {"ready": False, "tiers": states})
+    assert await readyz(b"some=true") == (200, {"ready": True, "tiers": states})
+    two.turbo.state = State.RESTARTING
+    assert (await readyz(b"some=true"))[0] == 503

@@ -244,7 +244,7 @@ async def test_what_is_stopped_answers_whom_it_accepted_refuses_the_rest_and_is_
     await a_moment()
     for _ in range(2):
         refused = await engines.gateway.post(STREAM)
-        assert (refused.status, error(refused)["code"]) == (503, "tier_unavailable")
+        assert (refused.status, error(refused)["code"]) == (503, "tier_drained")
         assert "an operator has drained it" in error(refused)["message"]
         assert int(refused.headers["retry-after"]) >= 60
         engines.may_end.set()
