@@ -1,4 +1,4 @@
-"""A Ray cluster as the gateway sees it: joined once, asked for its nodes, left. Knows no engines."""
+"""A Ray cluster as the gateway sees it: joined once, and asked for its nodes then. Knows no engines."""
 
 import asyncio
 import importlib.util
