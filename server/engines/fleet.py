@@ -1,18 +1,14 @@
 """All replicas of a server: watched, drained and stopped together."""
 
 import asyncio
-import logging
 from collections.abc import Iterable
 
 from server.engines.following import Following
-from server.engines.keeper import keep
+from server.engines.keeper import goes_well, keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.scaling import Scaling
 from server.engines.state import State
-from tiers.errors import AssayError
-
-log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
@@ -112,8 +108,5 @@ class Fleet:
 
 async def _bring_up(replica: Replica) -> None:
     """Start it, and watch it from then on."""
-    try:
-        await replica.start()
-    except AssayError as error:
-        log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+    await goes_well(replica, replica.start())
     await keep(replica)
