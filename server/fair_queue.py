@@ -90,6 +90,7 @@ class FairQueue:
         ticket = _Ticket(places)
         self._lines.setdefault(caller, deque()).append(ticket)
         self._waiting += 1
+        self._grant()  # who waits already may do so for places that came back unsaid
         try:
             await ticket.granted
         except asyncio.CancelledError:

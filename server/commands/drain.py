@@ -38,7 +38,7 @@ def drain(
     ],
     config: ConfigOption = None,
     replica: Annotated[
-        int | None, typer.Option(min=1, help="This one of the tier's engines alone, counted from 1.")
+        int | None, typer.Option(min=1, help="This one of the tier's engines alone, by its number in the log.")
     ] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="End the engines and leave the tier out of service, until --resume.")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
+from server.engines.departures import POLL_S
 from server.engines.failures import PrecisionRefused
 from server.engines.fleet import Fleet
-from server.engines.places import POLL_S
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.signs import first_of
@@ -70,6 +70,8 @@ class Drain:
 
     async def _restart(self) -> None:
         for replica in self._replicas:
+            if self._has_left(replica):
+                continue
             with self._returning(replica):
                 await self._until(partial(self._service.is_done_with, replica), replica)
                 await self._start(replica)
@@ -81,37 +83,41 @@ class Drain:
                 await self._start(replica)
 
     async def _stop(self) -> None:
-        mine = set(self._replicas)
+        mine = [replica for replica in self._replicas if not self._has_left(replica)]
         if any(replica not in mine and not replica.leaving for replica in self.pool.replicas):
-            await self._leave_to_others()
+            await self._leave_to_others(mine)
         else:
-            await self._close()
-        for replica in self._replicas:
+            await self._close(mine)
+        for replica in mine:
             self.at = At(replica.name, "ending its engine")
             await self._fleet.halt(replica)
 
-    async def _leave_to_others(self) -> None:
-        for replica in self._replicas:
+    def _has_left(self, replica: Replica) -> bool:
+        """Whether it is on its way out by another's decision, or gone, since this was begun."""
+        return replica.leaving or replica not in self.pool.replicas
+
+    async def _leave_to_others(self, mine: Sequence[Replica]) -> None:
+        for replica in mine:
             self._service.take_out(replica)
         try:
-            for replica in self._replicas:
+            for replica in mine:
                 await self._until(partial(_is_idle, replica), replica)
         except BaseException:
-            for replica in self._replicas:
+            for replica in mine:
                 self._service.take_back(replica)
             self._service.changed()
             raise
 
-    async def _close(self) -> None:
+    async def _close(self, mine: Sequence[Replica]) -> None:
         """Refuse what comes, and have what waits in the queue answered as well."""
         self._service.closed = True
         try:
-            for replica in self._replicas:
+            for replica in mine:
                 await self._until(lambda: self._service.is_empty, replica)
         except BaseException:
             self._service.closed = False
             raise
-        for replica in self._replicas:
+        for replica in mine:
             self._service.take_out(replica)
 
     @contextmanager
@@ -165,6 +171,24 @@ def _is_idle(replica: Replica) -> bool:
     return not replica.running
 
 
+def _chosen(pool: Pool, work: Work, number: int | None) -> list[Replica]:
+    """The replicas that the work is to be done on. Raises NotDrained when there are none."""
+    tier, out = pool.tier.name, pool.service.has_out
+    named = [replica for replica in pool.replicas if number in (None, replica.number)]
+    if not named:
+        numbers = ", ".join(str(replica.number) for replica in pool.replicas)
+        raise NotDrained(f"{tier} has no replica {number}; it has {numbers or 'none at all'}.")
+    if work is Work.RESUME:
+        if drained := [replica for replica in named if out(replica)]:
+            return drained
+        raise NotDrained(f"{tier} is not drained.")
+    if staying := [replica for replica in named if not replica.leaving]:
+        return staying
+    if any(map(out, named)):
+        raise NotDrained(f"{tier} is drained already; `assay drain --resume` brings it back.")
+    raise NotDrained(f"{named[0].name} ends by itself once it has answered what it works on.")
+
+
 class Drains:
     """Those under way, at most one a tier."""
 
@@ -175,7 +199,7 @@ class Drains:
         self._closed = False
 
     def begin(self, tier: str, work: Work, number: int | None = None, timeout_s: float | None = None) -> Drain:
-        """Begin to work on a tier, or on one of its replicas, which are counted from 1.
+        """Begin to work on a tier, or on the one of its replicas that has this number.
 
         Raises:
             NotDrained: there is nothing to be done, or something else is done to it already.
@@ -190,15 +214,7 @@ class Drains:
             )
         if (other := self._under_way.get(pool)) is not None and not other.task.done():
             raise NotDrained(f"{tier} is being drained already; ask again once that has ended.")
-        if number is not None and number > len(pool.replicas):
-            raise NotDrained(f"{tier} has {len(pool.replicas)} replicas, and no number {number}.")
-        named = pool.replicas if number is None else pool.replicas[number - 1 : number]
-        replicas = [replica for replica in named if replica.leaving is (work is Work.RESUME)]
-        if not replicas:
-            what = (
-                "not drained" if work is Work.RESUME else "drained already; `assay drain --resume` brings it back"
-            )
-            raise NotDrained(f"{tier} is {what}.")
+        replicas = _chosen(pool, work, number)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         drain = self._under_way[pool] = Drain(self._fleet, pool, work, replicas, timeout_s)
         log.warning("%s: an operator asks to %s %d of its engines", tier, work.value, len(replicas))

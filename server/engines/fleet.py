@@ -1,18 +1,15 @@
 """All replicas of a server: watched, drained and stopped together."""
 
 import asyncio
-import logging
 from collections.abc import Iterable
 
+from server.engines.departures import until_idle
 from server.engines.following import Following
-from server.engines.keeper import keep
+from server.engines.keeper import goes_well, keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.scaling import Scaling
 from server.engines.state import State
-from tiers.errors import AssayError
-
-log = logging.getLogger("assay.fleet")
 
 
 class Fleet:
@@ -39,11 +36,6 @@ class Fleet:
         """Those there are now."""
         return tuple(replica for pool in self.pools for replica in pool.replicas)
 
-    @property
-    def running(self) -> int:
-        """Requests that engines work on now."""
-        return sum(replica.running for replica in self.replicas)
-
     def watch(self) -> None:
         """From now on, start again what ends."""
         for replica in self.replicas:
@@ -68,10 +60,10 @@ class Fleet:
 
     async def remove(self, pool: Pool, replica: Replica, timeout_s: float) -> None:
         """One replica fewer: it gets nothing new, ends what it works on within the time, and is stopped."""
-        await replica.drain(timeout_s)
-        pool.remove(replica)
+        await until_idle(replica, timeout_s)
         await self._end_keeper(replica)
         await replica.stop()
+        pool.remove(replica)  # last: what the server's end breaks off before, `stop` still finds
 
     async def restart(self, replica: Replica) -> None:
         """End its engine, which has nothing to do, and start another; whatever comes of that, it is watched.
@@ -107,13 +99,11 @@ class Fleet:
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
-        await asyncio.gather(*(replica.stop() for replica in self.replicas))
+        # Whatever is watched, whether or not a pool has it still: nobody else would end it.
+        await asyncio.gather(*(replica.stop() for replica in {*self.replicas, *self._keepers}))
 
 
 async def _bring_up(replica: Replica) -> None:
     """Start it, and watch it from then on."""
-    try:
-        await replica.start()
-    except AssayError as error:
-        log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+    await goes_well(replica, replica.start())
     await keep(replica)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from server.engines.departures import Add, Departures, Remove
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.resolution import addresses_of
@@ -30,10 +31,6 @@ class Place:
         return self.url if self.address in self.url else f"{self.url} ({self.address})"
 
 
-Add = Callable[[Pool, Replica], None]
-Remove = Callable[[Pool, Replica], Awaitable[None]]
-
-
 class Following:
     """One tier's."""
 
@@ -55,26 +52,20 @@ class Following:
         self._unresolved: set[str] = set()
         self._replicas: dict[Place, Replica] = {}
         self._refused_since: dict[Replica, float] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._departures = Departures()
 
     async def find(self) -> None:
         """Look one time, and lay out a replica of each engine; none is spoken to, and none followed."""
         await self._look(self._lay_out, _keep)
 
     async def keep(self, add: Add, remove: Remove) -> None:
-        """Look again and again, for ever.
-
-        Args:
-            add: brings up a replica more.
-            remove: lets one end what it works on, and ends it.
-        """
+        """Look again and again, for ever."""
         try:
             while True:
                 await self._look(add, remove)
                 await asyncio.sleep(self._look_s)
         finally:
-            for leaving in self._leaving:
-                leaving.cancel()
+            await self._departures.close()
 
     async def _look(self, add: Add, remove: Remove) -> None:
         await asyncio.gather(*(self._resolve_again(url) for url in self.urls))
@@ -85,8 +76,7 @@ class Following:
             self._refused_since.pop(replica, None)
             if place not in places:
                 log.warning("%s is gone from its name, and gets no further requests", replica.name)
-            self._leaving.add(leaving := asyncio.ensure_future(remove(self.pool, replica)))
-            leaving.add_done_callback(self._leaving.discard)
+            self._departures.begin(remove, self.pool, replica)
         for place in sorted(places - self._replicas.keys(), key=str):
             self._replicas[place] = replica = self._replica_at(place)
             add(self.pool, replica)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable
 
 from server.engines.replica import FIRST_BACKOFF_S, Replica
 from server.engines.state import UP, State
@@ -19,19 +20,27 @@ async def keep(replica: Replica) -> None:
     while replica.state is not State.REFUSED:
         if replica.state in UP:
             ready_since = time.monotonic()
-            await replica.until_it_fails()
+            await goes_well(replica, replica.until_it_fails())
             if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
-        await replica.clear_away(backoff)
+        is_clear = await goes_well(replica, replica.clear_away(backoff))
         log.warning("%s: the engine ended; trying again in %.0f s", replica.name, backoff)
         await asyncio.sleep(backoff)
         backoff = min(backoff * 2, LONGEST_BACKOFF_S)
-        try:
-            await replica.start_again()
-        except AssayError as error:
-            log.error("%s", error)  # noqa: TRY400  # the sentence says it all
-        except Exception:
-            # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
-            log.exception("%s: starting the engine failed", replica.name)
-        else:
+        # What is left of the last one is not to be lost sight of: first it has to be cleared away.
+        if is_clear and await goes_well(replica, replica.start_again()):
             log.warning("%s: the engine is back", replica.name)
+
+
+async def goes_well(replica: Replica, step: Awaitable[None]) -> bool:
+    """Whether the step came to its end; what went wrong is said, and not raised."""
+    try:
+        await step
+    except AssayError as error:
+        log.error("%s", error)  # noqa: TRY400  # the sentence says it all
+        return False
+    except Exception:
+        # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
+        log.exception("%s: its keeper met something unforeseen", replica.name)
+        return False
+    return True

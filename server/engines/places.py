@@ -1,7 +1,6 @@
 """The requests that an engine works on: counted, and broken off together when it ends. Knows no HTTP."""
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,9 +11,6 @@ T = TypeVar("T")
 
 class BrokenOff(Exception):
     """The engine was ended while it worked on this request."""
-
-
-POLL_S = 0.05
 
 
 class Places:
@@ -41,13 +37,6 @@ class Places:
     def take(self, way: T) -> "Place[T]":
         """A place for the block, which gets ``way``, the way to the engine. Raises BrokenOff if all are."""
         return Place(way, self._places)
-
-    async def until_free(self, timeout_s: float) -> bool:
-        """Wait until nobody has one; False if somebody still did when the time was over."""
-        until = time.monotonic() + timeout_s
-        while self.taken and time.monotonic() < until:
-            await asyncio.sleep(POLL_S)
-        return not self.taken
 
     def break_off(self) -> None:
         """Raise BrokenOff in every request that has a place."""

@@ -46,11 +46,14 @@ class Pool:
         self._max_num_seqs = max_num_seqs
         self._mean_answer = 128.0
         self._waiting: Callable[[], int] = int
+        for replica in self.replicas:
+            replica.on_ready = self.service.changed
         metrics.declare(tier.name, self)
 
     def add(self, replica: Replica) -> None:
         """One more, which takes requests as soon as it can."""
         self.replicas += (replica,)
+        replica.on_ready = self.service.changed
         self.service.changed()
 
     def remove(self, replica: Replica) -> None:

@@ -59,6 +59,7 @@ class Replica:
         address_file: Path | None = None,
     ) -> None:
         self.tier = tier
+        self.number = number
         self.name = f"{tier.name} at {at}" if at else f"{tier.name} ({number} of {of})" if of > 1 else tier.name
         """For people; callers know tiers only."""
         self.manifest = manifest
@@ -66,6 +67,8 @@ class Replica:
         self.state = State.STOPPED
         self.leaving = False
         """Whether it takes nothing new, so that it can be ended: for good, or until it is started again."""
+        self.on_ready: Callable[[], object] = bool
+        """To be called each time that it takes requests which it did not before: some may wait for it."""
         self.engine_version: str | None = None
         self.verified: VerifiedPrecision | None = None
         self.device_class: str | None = None  # of the engine's machine, once it has said so
@@ -122,6 +125,7 @@ class Replica:
                     self.state = State.REFUSED
                 await self._end_engine()
                 raise
+        self.on_ready()
 
     async def _start(self, say: Callable[[str], None]) -> None:
         if self.state is not State.RESTARTING:
@@ -164,11 +168,6 @@ class Replica:
         self._metrics.planned_restarts.labels(self.tier.name).inc()
         await self._end_engine()
         await self.start()
-
-    async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, and wait until no request runs; False if some still did when the time was over."""
-        self.leaving = True
-        return await self._places.until_free(timeout_s)
 
     async def stop(self) -> None:
         """End the engine for good; returns when nothing of it is left."""
@@ -288,6 +287,7 @@ class Replica:
             self._fail()
         elif self.state is State.SUSPENDED:
             self.state = State.READY
+            self.on_ready()
 
     def _fail(self) -> None:
         """Out of service; the keeper starts it again."""

@@ -6,13 +6,14 @@ What is decided is a function of what was seen; `Scaling` looks, and has it done
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple, Self
 
+from server.engines.departures import Add, Departures, Remove
 from server.engines.pool import Pool
 from server.engines.replica import Replica
-from server.engines.state import State
 
 log = logging.getLogger("assay.scaling")
 
@@ -29,15 +30,27 @@ class Look(NamedTuple):
     running: int
     """Requests that engines work on."""
     replicas: int
-    """Engines there are, or are to be; those that leave are not counted."""
+    """Engines there are, or are to be; without those that leave, and those that an operator has stopped."""
     able: int
     """Those of them that answer."""
+    stopped: int = 0
+    """Engines that an operator has stopped, or is about to, and may bring back."""
+    is_worked_on: bool = False
+    """Whether an operator has all of them ended, or one of them started again, at this moment."""
 
     @classmethod
     def at_pool(cls, pool: Pool) -> Self:
         """Now, of that tier."""
-        staying = [replica for replica in pool.replicas if replica.state is not State.DRAINING]
-        return cls(time.monotonic(), pool.waiting, pool.running, len(staying), sum(r.can_answer for r in staying))
+        staying = _staying(pool)
+        return cls(
+            at=time.monotonic(),
+            waiting=pool.waiting,
+            running=pool.running,
+            replicas=len(staying),
+            able=sum(replica.can_answer for replica in staying),
+            stopped=sum(map(pool.service.has_out, pool.replicas)),
+            is_worked_on=pool.service.is_worked_on,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,10 @@ def next_reason(reason: Reason, look: Look, bounds: Bounds) -> tuple[Reason, int
 
     A reason counts from the first look of an unbroken row that has it, and anew after each change. While a replica
     is still on its way, or back from a failure, no further one is called: it is what those who wait for wait for.
+    An operator's work is not meddled with; what is stopped keeps its place, and the others are kept meanwhile.
     """
     change = _wanted(look, bounds)
-    if change == 0 or look.able < look.replicas:
+    if change == 0 or look.is_worked_on or look.able < look.replicas:
         return Reason(0, look.at), 0
     if change != reason.change:
         reason = Reason(change, look.at)
@@ -81,16 +95,17 @@ def next_reason(reason: Reason, look: Look, bounds: Bounds) -> tuple[Reason, int
 
 
 def _wanted(look: Look, bounds: Bounds) -> int:
-    if look.replicas < bounds.most and look.waiting:
+    if look.replicas + look.stopped < bounds.most and look.waiting:
         return 1
     others = bounds.requests_of_one * (look.replicas - 1)
-    if look.replicas > bounds.fewest and not look.waiting and look.running <= bounds.fullness * others:
+    too_many = look.replicas > bounds.fewest and not look.stopped
+    if too_many and not look.waiting and look.running <= bounds.fullness * others:
         return -1
     return 0
 
 
-Add = Callable[[Pool, Replica], None]
-Remove = Callable[[Pool, Replica], Awaitable[None]]
+def _staying(pool: Pool) -> list[Replica]:
+    return [replica for replica in pool.replicas if not replica.leaving]
 
 
 class Scaling:
@@ -104,16 +119,10 @@ class Scaling:
         self._bounds = bounds
         self._another = another
         self._look_s = look_s
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._numbers = {replica: number for number, replica in enumerate(pool.replicas, 1)}
+        self._departures = Departures()
 
     async def keep(self, add: Add, remove: Remove) -> None:
-        """Look again and again, for ever.
-
-        Args:
-            add: brings up a replica more.
-            remove: lets one end what it works on, and ends it.
-        """
+        """Look again and again, for ever."""
         reason = Reason()
         try:
             while True:
@@ -124,26 +133,16 @@ class Scaling:
                     self._fewer(remove)
                 await asyncio.sleep(self._look_s)
         finally:
-            for leaving in self._leaving:
-                leaving.cancel()
+            await self._departures.close()
 
     def _more(self, add: Add) -> None:
-        self._numbers = {replica: self._numbers[replica] for replica in self._pool.replicas}
-        number = next(n for n in range(1, len(self._numbers) + 2) if n not in self._numbers.values())
-        replica = self._another(number)
-        self._numbers[replica] = number
+        numbers = {replica.number for replica in self._pool.replicas}
+        replica = self._another(next(number for number in count(1) if number not in numbers))
         log.warning("%s: %d requests wait; another replica is started", replica.name, self._pool.waiting)
         add(self._pool, replica)
 
     def _fewer(self, remove: Remove) -> None:
         """The one that does least, the newest of several such; the first stays, which is the one measured."""
-        staying = [replica for replica in self._pool.replicas if replica.state is not State.DRAINING]
-        replica = min(reversed(staying[1:]), key=lambda each: each.running)
+        replica = min(reversed(_staying(self._pool)[1:]), key=lambda each: each.running)
         log.warning("%s: the others suffice; it ends when its requests have", replica.name)
-        leaving = asyncio.ensure_future(_all_of(remove(self._pool, replica)))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
-
-
-async def _all_of(work: Awaitable[None]) -> None:
-    await work
+        self._departures.begin(remove, self._pool, replica)

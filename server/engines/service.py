@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from server.engines.replica import Replica
-from server.engines.state import UP, State
+from server.engines.state import FIRST, UP, State
 from server.errors import RetryLater, TierUnavailable
 
 AN_OPERATOR_S = 60
@@ -68,12 +68,16 @@ class Service:
         """How many requests may be on the engines now, with so many for each replica that is in service.
 
         Those that one out of service still works on take nobody's place. Replicas that failed count as if they
-        worked: who comes for them is told so, and does not wait.
+        worked: who comes for them is told so, and does not wait. Those that start for the first time count only
+        while there is no engine yet: else the one that is there would have their requests as well.
         """
         if self.is_paused:
             return 0
         out = [replica for replica in self._replicas() if self._is_out(replica)]
-        return each * max(1, len(self._replicas()) - len(out)) + sum(replica.running for replica in out)
+        staying = [replica for replica in self._replicas() if replica not in out]
+        if any(replica.can_answer for replica in staying):
+            staying = [replica for replica in staying if replica.state not in FIRST]
+        return each * max(1, len(staying)) + sum(replica.running for replica in out)
 
     @property
     def drained(self) -> int:
@@ -89,6 +93,15 @@ class Service:
         """It takes requests as soon as it can."""
         replica.leaving = False
         self._out.discard(replica)
+
+    def has_out(self, replica: Replica) -> bool:
+        """Whether an operator has it out of service until it is resumed; other replicas leave by themselves."""
+        return replica in self._out
+
+    @property
+    def is_worked_on(self) -> bool:
+        """Whether an operator has the whole tier ended, or one of its engines started again, at this moment."""
+        return self.closed or self.returning is not None
 
     def _is_out(self, replica: Replica) -> bool:
         return replica.leaving or replica is self.returning

@@ -24,3 +24,5 @@ class State(StrEnum):
 
 UP = frozenset({State.READY, State.ASLEEP, State.SUSPENDED, State.DRAINING})
 """Those in which there is an engine to watch."""
+FIRST = frozenset({State.STARTING, State.WARMING_UP, State.STOPPED})
+"""Those before there is an engine for the first time; `STOPPED` is also that of one that is not to be started."""

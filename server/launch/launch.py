@@ -40,7 +40,7 @@ class Launched:
     key: str
     """To whoever shows this."""
     process: Process | None
-    """None of one that somebody else runs."""
+    """None of one that somebody else runs, or that is told of on another machine than its own."""
     address: str | None = None
     """The one of its host's addresses that is this engine's, where the URL's name has several."""
 

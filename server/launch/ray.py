@@ -5,6 +5,8 @@ with one on this machine: a new placement is made then, on whatever nodes there 
 """
 
 import asyncio
+import logging
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from tiers.bundles import Bundles
 from tiers.engine import Backend
 from tiers.errors import AssayError
 from tiers.tier import Tier
+
+log = logging.getLogger("assay.ray")
 
 LOST = 137
 """The exit code of an engine whose node is gone: as of one that was killed."""
@@ -42,9 +46,7 @@ class RayLaunch:
         """See `Launch.begin`."""
         room = Room(self.cluster.ray, self.bundles)
         try:
-            await room.wait(tier, self.cluster.settings.room_timeout_s)
-            actor = room.actor(tier)
-            launched = await self._started(actor, tier, log, room)
+            actor, launched = await self._started(tier, log, room)
         except BaseException:
             await asyncio.shield(asyncio.to_thread(room.give_back))
             raise
@@ -52,8 +54,24 @@ class RayLaunch:
         process = RayProcess(self.cluster.ray, actor, room, f"{log.absolute()} on {host.rpartition('/')[2]}")
         return Launched(launched.url, launched.key, process)
 
-    async def _started(self, actor: Any, tier: Tier, log: Path, room: "Room") -> Launched:
-        order = Order(
+    async def _started(self, tier: Tier, log: Path, room: "Room") -> tuple[Any, Launched]:
+        """The actor, and what it says. Raises EngineNotStarted."""
+        errors = self.cluster.ray.exceptions
+        try:
+            await room.wait(tier, self.cluster.settings.room_timeout_s)
+            actor = await asyncio.to_thread(room.actor)
+            launched: Launched = await actor.start.remote(self._order(tier, log, room))
+        except AssayError as error:  # the actor's own sentence, to which Ray adds where it was said
+            raise EngineNotStarted(str(getattr(error, "cause", error))) from error
+        except errors.RayError as error:
+            why = [line for line in str(error).splitlines() if line.strip()]
+            raise EngineNotStarted(
+                f"{tier.name}: the engine could not be started on the Ray cluster ({why[-1].strip()[:300]})."
+            ) from error
+        return actor, launched
+
+    def _order(self, tier: Tier, log: Path, room: "Room") -> Order:
+        return Order(
             tier=tier,
             backend=self.backend,
             log=log.absolute(),
@@ -62,30 +80,22 @@ class RayLaunch:
             traces_url=self.traces_url,
             group=room.id if self.bundles.over_nodes else None,
         )
-        errors = self.cluster.ray.exceptions
-        try:
-            launched: Launched = await actor.start.remote(order)
-        except AssayError as error:  # the actor's own sentence, to which Ray adds where it was said
-            raise EngineNotStarted(str(getattr(error, "cause", error))) from error
-        except errors.RayError as error:
-            why = [line for line in str(error).splitlines() if line.strip()]
-            raise EngineNotStarted(
-                f"{tier.name}: the engine could not be started on the Ray cluster ({why[-1].strip()[:300]})."
-            ) from error
-        return launched
 
 
 class Room:
-    """What is set aside for one replica in the cluster."""
+    """What is set aside for one replica in the cluster.
+
+    Ray's own calls wait for the cluster's head, seconds if it is slow: all of them are for threads. One may go on
+    there when whoever waited for it has left: each has the room to itself, and none begins once it is given back.
+    """
 
     def __init__(self, ray: Any, bundles: Bundles) -> None:
-        from ray.util.placement_group import placement_group
-
         self._ray = ray
         self._bundles = bundles
+        self._group: Any = None
         self._actor: Any = None
-        # Bound to this process's life, as its actor is: when the gateway ends, however, so do they.
-        self._group = placement_group([dict(each) for each in bundles.each], strategy=bundles.strategy)
+        self._given_back = False
+        self._mine = threading.Lock()
 
     @property
     def id(self) -> str:
@@ -99,6 +109,7 @@ class Room:
         Raises:
             EngineNotStarted: no node had it within the time.
         """
+        await asyncio.to_thread(self._set_aside)
         until = time.monotonic() + timeout_s
         while not await asyncio.to_thread(self._group.wait, POLL_S):
             if time.monotonic() > until:
@@ -107,34 +118,52 @@ class Room:
                     "add nodes, or have fewer replicas."
                 )
 
-    def actor(self, tier: Tier) -> Any:
-        """The actor for its engine, which Ray neither starts twice nor shows work twice."""
+    def _set_aside(self) -> None:
+        from ray.util.placement_group import placement_group
+
+        with self._mine:
+            if not self._given_back:
+                # Bound to this process's life, as its actor is: when the gateway ends, however, so do they.
+                bundles = [dict(each) for each in self._bundles.each]
+                self._group = placement_group(bundles, strategy=self._bundles.strategy)
+
+    def actor(self) -> Any:
+        """The actor for its engine, which Ray neither starts twice nor shows work twice; None once given back."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         first = self._bundles.each[0]
         # Over several nodes the GPUs are vLLM's to give to its workers.
         gpus = 0 if self._bundles.over_nodes else first.get("GPU", 0)
-        self._actor = (
-            self._ray.remote(EngineActor)
-            .options(
-                num_cpus=first["CPU"],
-                num_gpus=gpus,
-                memory=first.get("memory"),
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
-            )
-            .remote()
-        )
-        return self._actor
+        with self._mine:
+            if not self._given_back:
+                self._actor = (
+                    self._ray.remote(EngineActor)
+                    .options(
+                        num_cpus=first["CPU"],
+                        num_gpus=gpus,
+                        memory=first.get("memory"),
+                        max_restarts=0,
+                        max_task_retries=0,
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+                    )
+                    .remote()
+                )
+            return self._actor
 
     def give_back(self) -> None:
         """End whatever is in it, and set it aside no longer. Safe to call again."""
         from ray.util.placement_group import remove_placement_group
 
-        if self._actor is not None:
-            self._ray.kill(self._actor, no_restart=True)
-        remove_placement_group(self._group)
+        with self._mine:
+            self._given_back = True
+            try:
+                if self._actor is not None:
+                    self._ray.kill(self._actor, no_restart=True)
+                if self._group is not None:
+                    remove_placement_group(self._group)
+            except self._ray.exceptions.RayError as error:
+                # Ray does it by itself when it learns that this process has ended.
+                log.warning("room in the Ray cluster could not be given back (%s)", str(error).splitlines()[-1:])
 
 
 class RayProcess:

@@ -97,7 +97,7 @@ async def test_what_cannot_be_done_is_said_in_a_sentence(served: Served) -> None
     with pytest.raises(NoServer, match="There is no tier 'Turbot' in this config"):
         await asked(config, tier="Turbot")
     (account,) = await asked(config, tier=TIER, replica=7)
-    assert account.problem == f"{TIER} has 1 replicas, and no number 7."
+    assert account.problem == f"{TIER} has no replica 7; it has 1."
 
 
 async def test_nobody_but_its_user_may_open_the_socket(served: Served) -> None:

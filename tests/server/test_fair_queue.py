@@ -165,7 +165,7 @@ async def test_while_there_are_no_places_all_wait_and_get_them_once_it_is_told_t
     await work.ask("bob", "b0")
     assert work.order == []
     work.places = 1
-    await work.ask("bob", "b1")
+    await asyncio.sleep(0)
     assert work.order == [], "nobody has been told"
     work.queue.look_again()
     await asyncio.sleep(0)
@@ -173,6 +173,15 @@ async def test_while_there_are_no_places_all_wait_and_get_them_once_it_is_told_t
     assert work.queue.taken == 3, "one who wants more than there are gets them alone"
     await work.end("a0")
     assert work.order == ["a0", "b0"]
+
+
+async def test_whoever_comes_finds_places_that_came_back_unsaid_and_takes_its_turn(make: Make) -> None:
+    work = make(0, 10)
+    await work.ask("ann", "a0")
+    work.places = 1
+    await work.ask("bob", "b0")
+    assert work.order == ["a0"]
+    assert (work.queue.taken, work.queue.waiting) == (1, 1)
 
 
 async def test_nothing_is_left_of_callers_who_are_gone(make: Make) -> None:

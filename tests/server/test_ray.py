@@ -1,18 +1,26 @@
 """Ray as the gateway sees it, without a cluster; tests/engines/test_8_ray.py has one."""
 
+import asyncio
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from server.config import Config
 from server.config_file import load_config
+from server.engines.failures import EngineNotStarted
 from server.launch.cluster import Cluster, RayConfig
 from server.launch.process import free_port, tethered
+from server.launch.ray import RayLaunch
 from tests.server.test_launch import WAITS, none_remains
+from tiers.bundles import Bundles
 from tiers.errors import ConfigError
+from tiers.tier import Tier
 
 
 async def test_without_the_package_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +54,70 @@ def test_what_is_tethered_twice_ends_with_the_outer_tether(tmp_path: Path) -> No
     outer.kill()
     outer.wait()
     assert none_remains(children)
+
+
+class SlowHead:
+    """A cluster whose head takes its time, or errs; as much of Ray as a launch asks."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.error: Exception | None = None
+        self.calls: list[str] = []
+        self.may_answer = threading.Event()
+        self.exceptions = SimpleNamespace(RayError=RayError)
+        ways = SimpleNamespace(PlacementGroupSchedulingStrategy=lambda *_: None)
+        groups = SimpleNamespace(placement_group=self._set_aside, remove_placement_group=self._give_back)
+        for name, module in ("placement_group", groups), ("scheduling_strategies", ways):
+            patch.setitem(sys.modules, f"ray.util.{name}", module)
+        for name in ("ray", "ray.util"):
+            patch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+
+    def _set_aside(self, bundles: object, strategy: str) -> object:
+        self.calls.append("asked")
+        if not self.may_answer.wait(1):
+            self.calls.append("nobody else was answered meanwhile")
+        if self.error:
+            raise self.error
+        return SimpleNamespace(wait=lambda timeout_s: True)
+
+    def _give_back(self, group: object) -> None:
+        self.calls.append("given back")
+
+    def remote(self, actor: object) -> object:
+        raise RayError("the head is gone")
+
+    def launch(self, tier: Tier) -> RayLaunch:
+        cluster = Cluster(self, RayConfig(), "cpu", "127.0.0.1", ())  # type: ignore[arg-type]
+        return RayLaunch(cluster, Bundles(({"CPU": 1},), "PACK"), "cpu")
+
+
+class RayError(Exception):
+    """Ray's own."""
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> SlowHead:
+    return SlowHead(monkeypatch)
+
+
+async def test_while_rays_head_takes_its_time_others_are_answered(head: SlowHead, tmp_path: Path) -> None:
+    tier = Config(home=tmp_path).tiers[0]
+    beginning = asyncio.create_task(head.launch(tier).begin(tier, tmp_path / "log"))
+    while not head.calls:
+        await asyncio.sleep(0.001)
+    assert not beginning.done(), "here one is"
+    beginning.cancel()
+    await asyncio.sleep(0.01)
+    head.may_answer.set()
+    await asyncio.gather(beginning, return_exceptions=True)
+    assert head.calls == ["asked", "given back"], "what was set aside for one who has left"
+
+
+async def test_an_error_of_rays_is_an_engine_that_was_not_started(head: SlowHead, tmp_path: Path) -> None:
+    tier = Config(home=tmp_path).tiers[0]
+    head.may_answer.set()
+    with pytest.raises(EngineNotStarted, match="the head is gone"):
+        await head.launch(tier).begin(tier, tmp_path / "log")
+    assert head.calls == ["asked", "given back"]
+    head.error = RayError("no room is given")
+    with pytest.raises(EngineNotStarted, match="no room is given"):
+        await head.launch(tier).begin(tier, tmp_path / "log")

@@ -61,6 +61,7 @@ class Engines:
         self.begun = 0
         gateway.handler = self._answer
         self.take(gateway.replica)
+        gateway.replica.engine.process = Runs()
 
     def take(self, replica: FakeEngineReplica) -> None:
         """Have its starts be those of the test."""
@@ -74,16 +75,25 @@ class Engines:
             replica.connect(url)
             replica.engine.process = Runs()
 
-        replica.engine.process = Runs()
         replica._start = start  # type: ignore[method-assign]
 
-    def add(self, folder: Path) -> FakeEngineReplica:
+    def add(self, folder: Path, number: int = 2) -> FakeEngineReplica:
         """Another replica, which is ready."""
-        replica = fake_replica(Config(home=folder), Metrics(), 2, 2, tier=self.gateway.replica.tier)
-        replica.connect(self.gateway.replica.url)
-        self.take(replica)
+        replica = self.coming(folder, number)
+        self.connect(replica)
         self.pool.add(replica)
         return replica
+
+    def coming(self, folder: Path, number: int = 2) -> FakeEngineReplica:
+        """Another, which nobody has started, and no pool knows."""
+        replica = fake_replica(Config(home=folder), Metrics(), number, 3, tier=self.gateway.replica.tier)
+        self.take(replica)
+        return replica
+
+    def connect(self, replica: FakeEngineReplica) -> None:
+        """Have it run."""
+        replica.connect(self.gateway.replica.url)
+        replica.engine.process = Runs()
 
     @property
     def pool(self) -> Pool:

@@ -282,10 +282,129 @@ async def test_one_of_two_can_be_stopped_and_the_last_one_closes_the_tier(tier: 
     assert is_whole(await engines.gateway.post(STREAM))
     await drains.begin(TIER, Work.STOP, number=1).task
     assert (await engines.gateway.post(STREAM)).status == 503
-    with pytest.raises(NotDrained, match="has 2 replicas, and no number 3"):
+    with pytest.raises(NotDrained, match="has no replica 3; it has 1, 2"):
         drains.begin(TIER, Work.RESUME, number=3)
     await drains.begin(TIER, Work.RESUME).task
     assert engines.pool.ready == 2
+
+
+async def test_an_engine_that_comes_back_by_itself_while_another_is_restarted_takes_those_who_wait(
+    tier: Tier, tmp_path: Path
+) -> None:
+    engines, drains = tier
+    second = engines.add(tmp_path)
+    engines.may_end.set()
+    second.state = State.RESTARTING  # it has failed
+    first_may_start = engines.may_start = asyncio.Event()
+    drain = drains.begin(TIER, Work.RESTART, number=1)
+    await until(lambda: engines.gateway.replica.state is State.RESTARTING)
+    waiting = engines.ask()
+    await a_moment()
+    assert not waiting[0].done(), "there is nobody to take it"
+    engines.may_start = asyncio.Event()
+    engines.may_start.set()
+    await second.start_again()
+    assert is_whole(await asyncio.wait_for(waiting[0], 1))
+    assert not drain.task.done()
+    first_may_start.set()
+    await drain.task
+
+
+async def test_requests_beyond_what_is_ready_wait_for_an_engine_that_starts_for_the_first_time(
+    tier: Tier, tmp_path: Path
+) -> None:
+    engines, _ = tier
+    running = engines.ask(4)
+    await until(lambda: engines.begun == 2)
+    engines.may_start.clear()
+    second = engines.coming(tmp_path)
+    engines.gateway.fleet.add(engines.pool, second)
+    await a_moment()
+    assert second.state is not State.READY
+    assert (engines.begun, engines.gateway.replica.running) == (2, 2), "they would wait inside the first engine"
+    engines.may_start.set()
+    await until(lambda: engines.begun == 4)
+    assert (engines.gateway.replica.running, second.running) == (2, 2)
+    engines.may_end.set()
+    assert all(is_whole(answer) for answer in await asyncio.gather(*running))
+
+
+async def test_while_no_engine_is_ready_at_all_nobody_waits_for_one(tier: Tier, tmp_path: Path) -> None:
+    engines, _ = tier
+    engines.gateway.replica.state = State.STARTING
+    engines.pool.add(engines.coming(tmp_path))
+    assert engines.pool.requests_at_once == 4
+    answers = await asyncio.wait_for(asyncio.gather(*engines.ask(6)), 1)
+    assert {answer.status for answer in answers} == {503}
+
+
+async def test_a_replica_goes_by_its_number_whatever_others_there_are(tier: Tier, tmp_path: Path) -> None:
+    engines, drains = tier
+    second, third = engines.add(tmp_path), engines.add(tmp_path, 3)
+    engines.pool.remove(second)
+    before = (engines.gateway.replica.engine, third.engine)
+    with pytest.raises(NotDrained, match="has no replica 2; it has 1, 3"):
+        drains.begin(TIER, Work.RESTART, number=2)
+    await drains.begin(TIER, Work.RESTART, number=3).task
+    assert engines.gateway.replica.engine is before[0]
+    assert third.engine is not before[1]
+
+
+async def test_one_that_has_left_the_tier_meanwhile_is_not_brought_back_to_life(
+    tier: Tier, tmp_path: Path
+) -> None:
+    engines, drains = tier
+    second, third = engines.add(tmp_path), engines.add(tmp_path, 3)
+    before = third.engine
+    engines.may_start.clear()
+    drain = drains.begin(TIER, Work.RESTART)
+    await until(lambda: engines.gateway.replica.state is State.RESTARTING)
+    third.leaving = True
+    await engines.gateway.fleet.remove(engines.pool, second, 1)
+    engines.may_start.set()
+    await drain.task
+    assert second.state is State.STOPPED
+    assert third.leaving
+    assert third.engine is before, "it finishes what it works on"
+
+
+async def test_what_leaves_by_itself_is_no_operators_to_resume(tier: Tier, tmp_path: Path) -> None:
+    engines, drains = tier
+    second = engines.add(tmp_path)
+    running = engines.ask(4)
+    await until(lambda: engines.begun == 4)
+    second.leaving = True
+    with pytest.raises(NotDrained, match="is not drained"):
+        drains.begin(TIER, Work.RESUME)
+    with pytest.raises(NotDrained, match="ends by itself"):
+        drains.begin(TIER, Work.RESTART, number=2)
+    assert (second.leaving, second.running) == (True, 2)
+    engines.may_end.set()
+    assert all(is_whole(answer) for answer in await asyncio.gather(*running))
+
+
+async def test_a_server_that_ends_leaves_no_engine_that_it_watches_and_none_that_leaves(
+    tier: Tier, tmp_path: Path
+) -> None:
+    engines, _ = tier
+    fleet = engines.gateway.fleet
+    second, third = engines.add(tmp_path), engines.add(tmp_path, 3)
+    fleet.watch()
+    engines.pool.remove(second)
+    ending = third.end
+    ends = asyncio.Event()
+
+    async def slow_to_end() -> None:
+        await ends.wait()
+        await ending()
+
+    third.end = slow_to_end  # type: ignore[method-assign]
+    leaving = asyncio.create_task(fleet.remove(engines.pool, third, 1))
+    await a_moment()
+    leaving.cancel()  # as the server's end does
+    ends.set()
+    await fleet.stop()
+    assert (second.state, third.state) == (State.STOPPED, State.STOPPED)
 
 
 async def test_a_tier_that_is_restarted_does_not_take_the_server_out_of_service(tier: Tier) -> None:

@@ -26,7 +26,7 @@ class Launchless(FakeEngineReplica):
     async def start(self, say: object = None) -> None:
         self.state = State.READY
 
-    async def keep(self) -> None:
+    async def until_it_fails(self) -> None:
         await asyncio.Event().wait()
 
 

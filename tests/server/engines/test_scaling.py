@@ -1,12 +1,14 @@
 """How many replicas a tier has, decided from what was seen of it over time."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.config import Config
+from server.engines.departures import until_idle
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.scaling import Bounds, Look, Reason, Scaling, next_reason
@@ -29,7 +31,7 @@ def changes(looks: Iterable[Look], bounds: Bounds = BOUNDS) -> list[tuple[float,
 
 def row(seconds: int, *, begin: int = 0, **seen: int) -> list[Look]:
     """The same, seen once a second."""
-    what = {"waiting": 0, "running": 0, "replicas": 1, "able": 1} | seen
+    what: dict[str, Any] = {"waiting": 0, "running": 0, "replicas": 1, "able": 1} | seen
     return [Look(at, **what) for at in range(begin, begin + seconds)]
 
 
@@ -80,6 +82,18 @@ def test_a_replica_that_failed_is_waited_for_and_not_replaced() -> None:
     assert changes(row(300, replicas=2, able=1)) == []
 
 
+def test_what_an_operator_has_stopped_is_not_waited_for_and_keeps_its_place() -> None:
+    stopped = row(15, waiting=3, running=4, stopped=1)
+    assert changes(stopped) == [(10, 1)], "another is called"
+    assert changes(stopped, Bounds(1, 2, 4, more_after_s=10)) == [], "it may be brought back"
+    assert changes(row(300, replicas=2, able=2, stopped=1)) == [], "who is left may be needed"
+
+
+def test_while_an_operator_works_on_the_tier_nothing_changes() -> None:
+    assert changes(row(300, waiting=9, is_worked_on=True)) == []
+    assert changes(row(300, replicas=3, able=3, is_worked_on=True)) == []
+
+
 class Tended:
     """A tier with one replica, and who brings and takes others."""
 
@@ -105,7 +119,7 @@ class Tended:
         pool.add(replica)
 
     async def remove(self, pool: Pool, replica: Replica) -> None:
-        await replica.drain(1)
+        await until_idle(replica, 5)
         pool.remove(replica)
         self.left.append(replica)
 
@@ -134,6 +148,77 @@ async def test_a_tier_grows_with_its_queue_and_shrinks_without(tended: Tended) -
     assert tended.numbers == [2, 3]
     assert tended.pool.replicas == (first,)
     assert [replica.name.partition("(")[2] for replica in tended.left] == ["3 of 3)", "2 of 3)"]
+
+
+@pytest.fixture
+async def tending(tended: Tended) -> AsyncIterator[Tended]:
+    """It is changed as soon as there is a reason."""
+    bounds = Bounds(1, 3, 4, more_after_s=0.01, fewer_after_s=0.02)
+    scaling = Scaling(tended.pool, bounds, tended.another, look_s=0.005)
+    keeping = asyncio.create_task(scaling.keep(tended.add, tended.remove))
+    yield tended
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_with_the_server_what_leaves_is_broken_off_before_anything_else_is_done(tended: Tended) -> None:
+    _, leaving = tended.pool.replicas[0], tended.another(2)
+    tended.add(tended.pool, leaving)
+    over: list[Replica] = []
+
+    async def remove(pool: Pool, replica: Replica) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)  # an engine takes time to end
+            over.append(replica)
+
+    scaling = Scaling(tended.pool, Bounds(1, 3, 4, fewer_after_s=0), tended.another, look_s=0.005)
+    keeping = asyncio.create_task(scaling.keep(tended.add, remove))
+    async with asyncio.timeout(2):
+        while not leaving.leaving:
+            await asyncio.sleep(0.005)
+    await asyncio.sleep(0.01)
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    assert over == [leaving]
+
+
+async def test_while_one_leaves_another_can_come(tending: Tended) -> None:
+    tending.queue = 5
+    await tending.reaches(2)
+    _, leaving = tending.pool.replicas
+    assert isinstance(leaving, FakeEngineReplica)
+    async with leaving.works_on(1):
+        tending.queue = 0
+        async with asyncio.timeout(2):
+            while not leaving.leaving:
+                await asyncio.sleep(0.005)
+        tending.queue = 5
+        await tending.reaches(3)
+        assert leaving in tending.pool.replicas
+
+
+async def test_with_one_stopped_by_an_operator_another_can_come_and_none_leaves(tending: Tended) -> None:
+    tending.queue = 5
+    await tending.reaches(2)
+    tending.pool.service.take_out(tending.pool.replicas[1])
+    await tending.reaches(3)
+    tending.queue = 0
+    await asyncio.sleep(0.1)
+    assert len(tending.pool.replicas) == 3
+    assert not tending.left
+
+
+async def test_none_leaves_while_an_operator_has_one_started_again(tending: Tended) -> None:
+    tending.queue = 5
+    await tending.reaches(3)
+    tending.pool.service.returning = tending.pool.replicas[2]
+    tending.queue = 0
+    await asyncio.sleep(0.1)
+    assert not any(replica.leaving for replica in tending.pool.replicas)
+    tending.pool.service.returning = None
+    await tending.reaches(1)
 
 
 async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> None:

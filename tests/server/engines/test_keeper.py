@@ -1,0 +1,76 @@
+"""A keeper goes on, whatever it meets: without one its tier stays dead."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from server.config import Config
+from server.engines import keeper
+from server.engines.fleet import Fleet
+from server.engines.pool import Pool
+from server.engines.state import State
+from server.metrics import Metrics
+from tests.server.conftest import FakeEngineReplica, fake_replica
+from tests.server.engines.drained import until
+
+
+class Troubled(FakeEngineReplica):
+    """One that errs in ways which nobody has foreseen, as often as the test wants."""
+
+    bad_starts = bad_ends = starts = 0
+
+    async def start(self, say: object = None) -> None:
+        self.starts += 1
+        if self.bad_starts:
+            self.bad_starts -= 1
+            raise RuntimeError("unforeseen")
+        self.state = State.READY
+
+    async def clear_away(self, backoff_s: float) -> None:
+        self.state = State.RESTARTING
+        if self.bad_ends:
+            self.bad_ends -= 1
+            raise RuntimeError("unforeseen")
+
+    async def until_it_fails(self) -> None:
+        await self._failed.wait()
+        self._failed.clear()
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(keeper, "LONGEST_BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def troubled(tmp_path: Path) -> Troubled:
+    replica = fake_replica(Config(home=tmp_path), Metrics())
+    replica.__class__ = Troubled
+    assert isinstance(replica, Troubled)
+    return replica
+
+
+async def test_a_replica_more_that_fails_in_an_unforeseen_way_is_tried_again(
+    troubled: Troubled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = Pool(troubled.tier, troubled.manifest, 2048, (), Metrics(), max_num_seqs=4)
+    fleet = Fleet([pool])
+    troubled.bad_starts = 2
+    fleet.add(pool, troubled)
+    await until(lambda: troubled.state is State.READY)
+    assert troubled.starts == 3
+    assert "unforeseen" in caplog.text
+    await fleet.stop()
+
+
+async def test_what_cannot_be_cleared_away_is_not_started_beside_and_tried_again(troubled: Troubled) -> None:
+    troubled.state = State.READY
+    troubled.bad_ends = 2
+    keeping = asyncio.create_task(keeper.keep(troubled))
+    troubled._failed.set()
+    await until(lambda: troubled.restarts == 1)
+    assert (troubled.state, troubled.bad_ends, troubled.starts) == (State.READY, 0, 1)
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
