@@ -75,9 +75,6 @@ RUN --mount=type=cache,target=/root/.cache/pip deploy/image/environment.sh cuda 
 
 
 FROM runtime AS cpu
-# vLLM has PyTorch compile two small functions of its sampler with g++ at the first request, --enforce-eager or not. Run
-# as they are written they count and draw the same, and no compiler is needed.
-ENV TORCH_COMPILE_DISABLE=1
 COPY --from=gateway-cpu /opt/assay/.venv .venv
 COPY pyproject.toml LICENSE ./
 COPY deploy deploy

@@ -1,8 +1,8 @@
 """`assay engine`: one tier's engine in the foreground, from its checkpoint to the last of its answers.
 
 It listens where gateways reach it, and answers whoever shows the shared key. Nobody starts it again: it ends with
-its engine, and whoever has started it sees that by its exit code. One with more GPUs than are here is
-a process of this machine all the same: only its workers go over the nodes of a Ray cluster, where vLLM puts them.
+its engine, and whoever has started it sees that by its exit code. One with more GPUs than are here is a process of
+this machine all the same: only its workers go over the nodes of a Ray cluster, where vLLM puts them.
 """
 
 import asyncio

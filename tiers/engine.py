@@ -265,6 +265,10 @@ def vllm_environment(tier: Tier, backend: Backend) -> dict[str, str]:
         # On CPUs with AMX vLLM quantizes the activations of INT4 layers to INT8 unless told not to:
         # a W4A16 checkpoint would silently run as W4A8.
         environment["VLLM_CPU_INT4_W4A8"] = "0"
+        # vLLM has PyTorch compile two small functions of its sampler with g++ at the first request, enforce-eager
+        # or not, and ends where there is no compiler. As they are written they count and draw alike: of PyTorch
+        # 2.13's exponential variates on CPUs none of two billion was the 0 that would win each draw.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
     return {
         name: os.environ.get(name, value) if name in _TUNABLE else value for name, value in environment.items()
     }
