@@ -6,10 +6,9 @@ from collections.abc import Collection
 
 from server.exchange import OTHER, Reply, Scope, known_method
 from server.health import OPEN_PATHS
+from server.record import CLIENT_CLOSED_REQUEST
 
 log = logging.getLogger("assay.access")
-
-CLIENT_CLOSED_REQUEST = 499
 
 
 class AccessLog:

@@ -8,17 +8,15 @@ from prometheus_client import Counter, Histogram
 
 from server.answer import Usage
 from server.call import Call
+from server.conventions import PROVIDER
 from server.errors import Refusal
 from server.exchange import Reply
-from server.record import CLIENT_LEFT, code_of
-from server.series import PROVIDER
+from server.record import CLIENT_CLOSED_REQUEST, CLIENT_LEFT, code_of
 
 if TYPE_CHECKING:
     from server.metrics import Metrics
 
 NO_TIER = "none"
-CLIENT_CLOSED_REQUEST = "499"
-"""Nobody gets this status; it is how the metrics tell callers who left, after nginx's custom."""
 INTERNAL_ERROR = "internal_error"
 """What it ended with if nobody knows better."""
 
@@ -103,7 +101,7 @@ class Course:
         self._operation = operation
         self._reply = reply
         self._code = ""
-        self._status: int | str | None = None
+        self._status: int | None = None
         self._first_token: float | None = None
         self.tier: str = NO_TIER
         """Once it is known."""
@@ -139,7 +137,7 @@ class Course:
         meter = self._metrics.of(self.tier)
         code = self._code or ("" if reply.has_ended else INTERNAL_ERROR)
         left = CLIENT_CLOSED_REQUEST if code == CLIENT_LEFT else None
-        meter.answered(left or str(reply.status or self._status or 500), code)
+        meter.answered(str(left or reply.status or self._status or 500), code)
         if self._operation is None or self.tier == NO_TIER:
             return
         operation = meter.operation(self._operation)

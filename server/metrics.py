@@ -12,8 +12,8 @@ from prometheus_client.registry import Collector
 
 from server import series
 from server.errors import EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong, TierUnavailable
-from server.meter import CLIENT_CLOSED_REQUEST, Meter
-from server.record import CLIENT_LEFT
+from server.meter import Meter
+from server.record import CLIENT_CLOSED_REQUEST, CLIENT_LEFT
 from tiers.conformance.scores import PHASES, Phase
 
 _FAILURES = (EngineFailed, FirstTokenLate, NextTokenLate, RequestTooLong)
@@ -21,7 +21,7 @@ EXPECTED = (
     ("200", ""),
     *(("200", kind.code) for kind in _FAILURES),
     *((str(kind.status), kind.code) for kind in (*_FAILURES, TierUnavailable)),
-    (CLIENT_CLOSED_REQUEST, CLIENT_LEFT),
+    (str(CLIENT_CLOSED_REQUEST), CLIENT_LEFT),
 )
 """How requests end that the objectives in deploy/prometheus count: shown from the start, at 0."""
 

@@ -23,6 +23,7 @@ from server.answer import (
     whole_answer,
 )
 from server.call import Call, read_call
+from server.conventions import OPERATIONS
 from server.engines.affinity import Work, head_of
 from server.engines.pool import Pool
 from server.errors import OutputTooLong, PromptTooLong, Refusal, TierNotAllowed
@@ -57,8 +58,6 @@ class Path:
     clean: Callable[[Fields], None]
     events: Callable[[Call], Events] | None = None
     """None where nothing is generated: such requests take no place in the engine's batch."""
-    operation: str | None = None
-    """What OpenTelemetry's conventions call it; None likewise."""
 
 
 def _text_events(call: Call) -> Events:
@@ -66,9 +65,9 @@ def _text_events(call: Call) -> Events:
 
 
 PATHS = (
-    Path("/v1/chat/completions", ChatCall, clean_completion, _text_events, "chat"),
-    Path("/v1/completions", CompletionCall, clean_completion, _text_events, "text_completion"),
-    Path("/v1/responses", ResponsesCall, clean_response, lambda _: ResponseEvents(), "chat"),
+    Path("/v1/chat/completions", ChatCall, clean_completion, _text_events),
+    Path("/v1/completions", CompletionCall, clean_completion, _text_events),
+    Path("/v1/responses", ResponsesCall, clean_response, lambda _: ResponseEvents()),
     Path("/tokenize", TokenizeCall, clean_nothing),
     Path("/detokenize", DetokenizeCall, clean_nothing),
 )
@@ -148,7 +147,7 @@ class Endpoint:
     async def __call__(self, headers: Headers, receive: Receive, reply: Reply, key: Key | None) -> None:
         """Answer one POST, or refuse it."""
         began = reply.request_began
-        course = Course(self._metrics, self._path.operation, reply)
+        course = Course(self._metrics, OPERATIONS.get(self._path.path), reply)
         try:
             async with self._admission.account(key, reply.headers) as account:
                 body = await read_body(headers, receive, self._body_limit, self._body_timeout_s)

@@ -6,6 +6,8 @@ from server.answer import Usage
 from server.errors import Refusal
 from server.tracing.trace import UNTRACED, Trace
 
+CLIENT_CLOSED_REQUEST = 499
+"""Nobody gets this status; it is how metrics and log tell callers who left, after nginx's custom."""
 CLIENT_LEFT = "client_left"
 """What such a request ended with, among the codes of errors."""
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-PROVIDER = "assay"
-"""Whose flavour of the conventions it is; none of those they list."""
 OPERATION, PROVIDER_NAME, MODEL, TOKEN_TYPE, ERROR = (
     *("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_token_type", "error_type"),
 )

@@ -19,6 +19,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Span
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode, Tracer, set_span_in_context
 
+from server.conventions import OPERATIONS, PROVIDER
 from server.exchange import known_method
 from server.tracing.trace import Untraced
 from server.tracing.words import Answer, question
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
     from server.engines.replica import Replica
     from server.exchange import Message, Reply, Send
 
-PROVIDER = "assay"
-OPERATIONS = MappingProxyType({
-    "/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/responses": "chat"
-})  # fmt: skip
-"""By path, as the conventions name what generates text; what only counts tokens is none of them."""
 FROM_HEADERS = MappingProxyType({
     b"x-assay-tier": "assay.tier", b"x-assay-precision": "assay.precision",
     b"x-assay-checkpoint": "assay.checkpoint", b"x-assay-certificate": "assay.certificate",

@@ -117,9 +117,9 @@ def test_the_scripts_of_an_image_make_what_its_user_can_run(folder: Path, found:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_starts_and_answers_where_there_is_no_compiler(folder: Path) -> None:
-    """With the CPU image's own settings and tools, as its user."""
-    lite, home = CHECKPOINTS / MODEL / "w4a16-gptq-asym-g32", folder / "home"
-    if not (lite / "manifest.json").exists() or as_user("test", "-r", OURS).returncode:
+    """With the CPU image's own tools, as its user."""
+    lite, home = next((CHECKPOINTS / MODEL).glob("w4a16*"), None), folder / "home"
+    if lite is None or not (lite / "manifest.json").exists() or as_user("test", "-r", OURS).returncode:
         pytest.skip("there is no finished checkpoint, or nobody else may read what is installed here")
     shutil.copytree(lite, home / "checkpoints" / MODEL / lite.name)
     subprocess.run(["chown", "-R", f"{UID}:{UID}", home], check=True)
@@ -133,7 +133,6 @@ def test_an_engine_starts_and_answers_where_there_is_no_compiler(folder: Path) -
     (folder / "config.yaml").write_text(json.dumps({"models": [model], "certify": "off"}))
     port = free_port()
     environment = {"PATH": str(tools), "HOME": str(home), "ASSAY_HOME": str(home), "PYTHONPATH": OURS}
-    environment |= dict(re.findall(r"^ENV (TORCH_\w+)=(\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
     serve = [program("setpriv"), "--reuid", UID, "--regid", UID, "--clear-groups", "--no-new-privs"]
     serve += [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--no-build"]
     serve += ["--config", str(folder / "config.yaml")]
