@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,6 +89,37 @@ def test_the_tree_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
     tether.stdin.close()  # what the kernel does to a killed starter's pipe
     assert tether.wait(10) == 128 + signal.SIGKILL
     assert none_remains(children, 0)
+
+
+LEAVES_A_SOCKET = """
+import os, pathlib, socket
+folder = pathlib.Path(os.environ["VLLM_RPC_BASE_PATH"])
+socket.socket(socket.AF_UNIX).bind(str(folder / "0c0ffee0-0000-4000-8000-000000000000"))
+print(folder)
+"""
+
+
+async def test_sockets_of_an_engine_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves some in the temporary folder each time it is ended."""
+    temporary = Path(tempfile.mkdtemp())  # a socket's path is short, and pytest's folders are not
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(temporary))
+    process = await LocalProcess.start([sys.executable, "-c", LEAVES_A_SOCKET], {}, tmp_path / "log")
+    assert await process.wait() == 0, process.tail()
+    assert Path(process.tail()).parent == temporary
+    temporary.rmdir()  # it is empty
+
+
+async def test_a_folder_too_deep_for_sockets_is_left_to_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("deep" * 20)
+    deep.mkdir()
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(deep))
+    process = await LocalProcess.start(
+        [sys.executable, "-c", "import os; print(os.environ['VLLM_RPC_BASE_PATH'])"], {}, tmp_path / "log"
+    )
+    assert await process.wait() == 0
+    assert process.tail() == str(deep)
 
 
 MANY = WAITS.replace("range(2)", "range(40)")
