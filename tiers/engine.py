@@ -120,6 +120,9 @@ def engine_command(
         options["kv-cache-dtype"] = "fp8_e4m3"
         if backend == "cuda" and tier.recipe.precision.attention.type == "bf16":
             options["attention-backend"] = "FLASHINFER"  # on Ada the only one that leaves queries in BF16
+    elif backend == "cuda":
+        # vLLM's own choice but on data-centre Blackwell: there it is FlashInfer, which nvcc has to compile.
+        options["attention-backend"] = "FLASH_ATTN"
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length
     if resources.max_prompt_tokens is not None:
@@ -255,6 +258,11 @@ def vllm_environment(tier: Tier, backend: Backend) -> dict[str, str]:
         environment |= gpu_environment(tier)
         # Where DeepGEMM is there, vLLM rounds block-quantized weights once more, to scales that are powers of two.
         environment["VLLM_USE_DEEP_GEMM_E8M0"] = "0"
+        # FlashInfer compiles these two with nvcc when they are first used, and an engine ends where there is none,
+        # as in our images; all else of FlashInfer's vLLM leaves alone then. Without its sampler an engine draws
+        # by the one that `assay operators` holds to its definition.
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        environment["VLLM_ALLREDUCE_USE_FLASHINFER"] = "0"
     else:
         # vLLM's own binding puts every engine's threads on the same cores, the first ones of a NUMA node.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
