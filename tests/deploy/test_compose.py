@@ -170,6 +170,15 @@ def test_the_guides_container_may_finish_its_requests_too() -> None:
     assert int(waits) >= drains_for(Config())
 
 
+def test_the_guides_containers_with_engines_have_room_for_what_their_processes_share() -> None:
+    """vLLM's message queues on CPUs: ten pieces of 16 MiB one way, and ten of 24 MiB back."""
+    started = re.findall(r"^docker run .* assay\S*:\S+ (?:serve|engine)\b.*", GUIDE, flags=re.MULTILINE)
+    assert started
+    for line in started:
+        (size,) = re.findall(r"--shm-size (\d+)g", line)
+        assert int(size) << 30 > len(ENGINES) * (240 << 20), "three engines in one container"
+
+
 def test_the_guides_images_are_those_that_compose_and_kubernetes_run() -> None:
     tagged = set(re.findall(r"^docker build .*--tag (\S+)", GUIDE, flags=re.MULTILINE))
     ours = {without_variables(each["image"]) for each in OURS.values()}
