@@ -88,6 +88,7 @@ def test_ours_are_targets_of_the_dockerfile_under_their_names(name: str) -> None
 def test_a_container_can_write_to_its_volumes_only_and_has_no_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"], "where the sockets of an engine's processes are"
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert "privileged" not in service
