@@ -19,7 +19,7 @@ FP8_CAPABILITY = (8, 9)
 NODE_GPUS = 8
 """What a node of data-centre cards holds; tensor parallelism stays inside one."""
 NEEDS_CUDA = (13, 0)
-"""What a driver must be for: vLLM 0.32.0 on GPUs wants PyTorch 2.13.0, whose wheels bring CUDA 13.0's libraries."""
+"""What a driver must be for: vLLM 0.32.0 on GPUs wants PyTorch 2.13.0, whose wheels bring that of CUDA 13.0."""
 FIRST_DRIVER = "R580"
 """With which NVIDIA's drivers are for that."""
 _CPU_INFO = Path("/proc/cpuinfo")
