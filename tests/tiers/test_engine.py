@@ -13,6 +13,7 @@ from tests.server.test_cli import checkpoint
 from tiers.engine import Backend, EngineCommand, engine_command
 from tiers.errors import ConfigError
 from tiers.manifest import Manifest
+from tiers.probe.reading import WAITS
 from tiers.recipe import find_recipe
 from tiers.tier import Resources, Tier, TierKind
 
@@ -170,6 +171,12 @@ def test_only_the_self_test_starts_an_engine_that_can_be_broken(monkeypatch: pyt
     broken = engine_command(tier(), "cuda", 1, "k", takes_faults=True)
     assert broken.environment["ASSAY_PLANT_FAULTS"] == "1"
     assert "--enforce-eager" in broken.arguments, "what is compiled cannot be broken"
+
+
+def test_only_what_assay_engine_starts_waits_to_be_well_until_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAITS, "1")
+    assert engine_command(tier(), "cuda", 1, "k").environment[WAITS] == "0", "nobody would tell it"
+    assert engine_command(tier(), "cuda", 1, "k", waits=True).environment[WAITS] == "1"
 
 
 def test_an_engine_sends_spans_only_where_the_gateway_does(monkeypatch: pytest.MonkeyPatch) -> None:
