@@ -112,6 +112,7 @@ class OneEngine:
             starting = asyncio.create_task(_start(replica, steps))
             if not await stop.unless_asked(starting):
                 return
+            await replica.engine.say_ready()
             announce(url_at(self._host, self._port))
             failing = asyncio.create_task(replica.until_it_fails())
             if await stop.unless_asked(failing):
@@ -131,7 +132,7 @@ class OneEngine:
             return gathering.plan(self.tier)
         return place((self.tier,), Machine.here(self._backend))[0]
 
-    def _launch(self, gathering: Gathering | None) -> LocalLaunch:
+    def _launch(self, gathering: Gathering | None, *, waits: bool = False) -> LocalLaunch:
         tracing = self._config.tracing
         return LocalLaunch(
             self._backend,
@@ -139,6 +140,7 @@ class OneEngine:
             port=self._port,
             key=self._key,
             finishes_within_s=math.ceil(self._config.drain_timeout_s),
+            waits=waits,
             traces_url=tracing.traces_url if tracing else None,
             over=gathering.over if gathering else None,
         )
@@ -156,7 +158,7 @@ class OneEngine:
             manifest,
             plan.context_length,
             number=self._own_port or 1,
-            launch=self._launch(gathering),
+            launch=self._launch(gathering, waits=True),
             checkpoints=checkpoints,
             logs=self._config.logs,
             metrics=Metrics(),

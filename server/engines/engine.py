@@ -23,7 +23,9 @@ from tiers.probe.reading import (
     DRAINING,
     OWN,
     READING_ROUTE,
+    READY_ROUTE,
     SLEEP_ROUTE,
+    VERIFYING,
     WAKE_ROUTE,
     CheckpointReading,
     EngineReading,
@@ -169,6 +171,14 @@ class Engine(Measurable):
         """
         return int(await self.ask("POST", DRAIN_ROUTE, "being drained", timeout_s=HEALTH_TIMEOUT_S))
 
+    async def say_ready(self) -> None:
+        """Have it be well from now on for orchestrators, which a vLLM of `assay engine` is not before.
+
+        Raises:
+            EngineNotStarted: it is gone.
+        """
+        await self.ask("POST", READY_ROUTE, "being ready", timeout_s=HEALTH_TIMEOUT_S)
+
     async def warm_up(self, model: str) -> None:
         """Two short requests: the first ones pay for memory, kernels and grammars, which no caller should.
 
@@ -213,12 +223,12 @@ class Engine(Measurable):
         await self.ask("POST", WAKE_ROUTE, "being woken")
 
     async def is_alive(self) -> bool:
-        """Ask it now; one that is too busy to answer is alive, and one that drains until it ends."""
+        """Ask it now; one that is too busy to answer is alive, as is one that drains or is verified by others."""
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=REACH_TIMEOUT_S)
             async with self._session.get("/health", timeout=timeout) as answer:
                 self.drains = DRAINING in answer.headers
-                return self.drains or answer.status == HTTPStatus.OK
+                return self.drains or VERIFYING in answer.headers or answer.status == HTTPStatus.OK
         except aiohttp.ConnectionTimeoutError:
             return False
         except TimeoutError:

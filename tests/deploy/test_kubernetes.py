@@ -54,6 +54,8 @@ SLOWEST_VOLUME = 0.5e9
 """Bytes a second; what is slower needs longer probes."""
 COMPILING_S = 300
 """With empty caches, as every new pod has them; nothing is compiled on CPUs."""
+VERIFYING_S = 120
+"""For what an engine computes to be read back, and for its first answers: it is well after these only."""
 TEARDOWN_S = 30
 """For vLLM to end after its last request, and give the GPU back."""
 UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
@@ -534,7 +536,8 @@ def test_an_engine_may_load_for_as_long_as_it_takes(config: Config, cluster: Clu
         digests = weights_bytes(tier) / SLOWEST_VOLUME
         # A second pod is waited for, and it is read for its digests; what start_timeout_s bounds comes after.
         joins = config.ray.room_timeout_s if len(cluster.engines()[tier.kind.lower()]) > 1 else 0
-        assert window_s(pod.main["startupProbe"]) > joins + digests + config.start_timeout_s, pod.owner
+        takes = joins + digests + config.start_timeout_s + VERIFYING_S
+        assert window_s(pod.main["startupProbe"]) > takes, pod.owner
         assert config.start_timeout_s > digests + COMPILING_S, pod.owner
 
 

@@ -663,6 +663,7 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     } < set(command)
     digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
     assert f"export ASSAY_CHECKPOINT={digest}\n" in out
+    assert "export ASSAY_HEALTH_WAITS=0\n" in out, "nobody would tell it that it is ready"
 
 
 def test_an_engine_sends_its_spans_where_the_config_says(

@@ -38,7 +38,7 @@ from tiers.errors import AssayError, CheckpointError
 from tiers.manifest import Manifest
 from tiers.precision import BF16, FP8, Precision
 from tiers.probe.lock import EngineLock
-from tiers.probe.reading import CHECKPOINT_ROUTE, READING_ROUTE
+from tiers.probe.reading import CHECKPOINT_ROUTE, READING_ROUTE, WAITS
 from tiers.source import EMBEDDED_MODEL
 from tiers.tier import TierKind
 
@@ -58,6 +58,8 @@ class FakeEngine:
     precision: Precision = BF16
     has_probe: bool = True
     started_on: str = ""
+    verifies: bool = False
+    """Whether `assay engine` has yet to say that it is ready."""
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     _server: Server | None = None
     _serving: asyncio.Task[None] | None = None
@@ -70,6 +72,7 @@ class FakeEngine:
         self.started_on = self.started_on or Manifest.read(self.checkpoint).digest
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_API_KEY", self.key)
+            patch.setenv(WAITS, str(int(self.verifies)))
             lock = EngineLock(self._app)
         settings = uvicorn.Config(lock, port=self.port, lifespan="off", log_config=None)
         self._server = server = Server(settings)
@@ -266,6 +269,23 @@ async def test_an_engine_that_drains_ends_what_it_has_and_is_asked_for_nothing_m
         assert replica.state is State.DRAINING, "which is no reason to break off what it answers"
         engine.may_answer.set()
         assert (await running).status == 200
+
+
+async def test_an_engine_that_others_still_verify_is_served_from_all_the_same(
+    config: Config, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its gateways verify it themselves; what it says to orchestrators is no reason to leave it."""
+    engine.verifies = True
+    await engine.start()
+    async with serving(config) as half:
+        await half.until(State.READY)
+        (replica,) = half.following.pool.replicas
+        assert await replica.is_alive()
+        await asyncio.sleep(0.1)
+        assert (await half.ask()).status == 200
+        await replica.engine.say_ready()
+        assert await replica.is_alive()
+    assert "restart" not in caplog.text
 
 
 @pytest.mark.parametrize(
