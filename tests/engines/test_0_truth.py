@@ -15,7 +15,7 @@ from tiers.catalog import ModelShape
 from tiers.conformance.extent import Asked, Extent
 from tiers.conformance.layers import Chats, LlamaByLayers
 from tiers.conformance.pack import Answer, Origin, Pack
-from tiers.conformance.room import ALL_TOKENS, LONGEST
+from tiers.conformance.room import ALL_TOKENS, FEW_TOKENS, LONGEST
 from tiers.conformance.truth import write_truth
 
 VOCABULARY = 500
@@ -110,8 +110,11 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     assert max(held[2:]) - held[2] < layer, "more than one was kept, of ten"
 
 
-def test_what_all_prompts_take_of_a_llama_is_what_is_said(llama_tokenizer: Any) -> None:
-    extent = Extent.of(Asked(), 131_072)
+@pytest.mark.parametrize(("prompts", "told"), [(24, FEW_TOKENS), (None, ALL_TOKENS)])
+def test_what_is_said_of_a_llamas_tokens_is_what_they_are(
+    llama_tokenizer: Any, prompts: int | None, told: int
+) -> None:
+    extent = Extent.of(Asked(prompts=prompts), 131_072)
     read = [
         llama_tokenizer.apply_chat_template(
             list(each.messages), tools=list(each.tools) or None, add_generation_prompt=True, return_dict=False
@@ -120,5 +123,5 @@ def test_what_all_prompts_take_of_a_llama_is_what_is_said(llama_tokenizer: Any) 
     ]
     passages = [llama_tokenizer.encode(each.text)[: LONGEST_PASSAGE + 1] for each in extent.passages]
     tokens = sum(map(len, read)) + 2 * extent.tokens * len(read) + sum(map(len, passages))
-    assert 0.98 * ALL_TOKENS < tokens <= ALL_TOKENS
+    assert 0.98 * told < tokens <= told
     assert 0.98 * LONGEST < max(map(len, read)) + extent.tokens <= LONGEST

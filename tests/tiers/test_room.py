@@ -1,11 +1,13 @@
 """How much memory the reference's answers take in FP32, by shape."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.tiers.test_recipe import SMOL
 from tiers.catalog import find_member
 from tiers.conformance.pack import Answer
-from tiers.conformance.room import check_room, tokens_of, truth_bytes
+from tiers.conformance.room import ALL_TOKENS, FEW_TOKENS, check_room, tokens_of, truth_bytes
 from tiers.errors import PlacementError
 from tiers.hardware import GIB
 
@@ -31,6 +33,14 @@ def test_a_layer_or_the_head_counts_whichever_is_larger() -> None:
     assert truth_bytes(LLAMA, 0, 0) == max(layer * 6, 128_256 * 4096 * 2 + 16_384 * 4096 * 4) + GIB
     flat = LLAMA.model_copy(update={"vocab_size": 1000})
     assert truth_bytes(flat, 0, 0) == layer * 6 + GIB
+
+
+def test_the_readme_has_what_llamas_take() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for size in ("8B", "70B", "405B"):
+        shape = find_member(f"Llama-3.1-{size}-Instruct").shape
+        few, every = (truth_bytes(shape, tokens) / GIB for tokens in (FEW_TOKENS, ALL_TOKENS))
+        assert f"| {size} | {few:.1f} GiB | {every:.1f} GiB |" in readme
 
 
 def test_what_does_not_fit_is_a_sentence() -> None:

@@ -13,6 +13,8 @@ from tiers.hardware import GIB
 
 ALL_TOKENS = 311_000
 """Of all prompts, each answered twice, and of the corpus, in Llama 3.1's vocabulary and for its context."""
+FEW_TOKENS = 36_000
+"""Of the first 24 prompts and of as much of the corpus."""
 LONGEST = 8_900
 """Of the longest of them with its answer."""
 _FP32_BYTES = 4
