@@ -39,9 +39,9 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 def answers() -> list[Answer]:
-    """Two to the first prompt, one of them of a single token; a passage; one where positions are far apart."""
-    asked = [(tokens(40, 1), "greedy", 1), (tokens(40, 1), "sampled", 9), ([7], "written", 64)]
-    asked.append((tokens(600, 2), "greedy", 20))
+    """Two to the first prompt; a passage; one where positions are far apart; one of a single token."""
+    asked = [(tokens(40, 1), "greedy", 5), (tokens(40, 1), "sampled", 9), ([7], "written", 64)]
+    asked += [(tokens(600, 2), "greedy", 20), (tokens(3, 4), "greedy", 1)]
     usual = {"kind": "chat", "language": "en"}
     return [
         Answer.model_validate(
