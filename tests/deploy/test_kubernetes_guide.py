@@ -39,12 +39,18 @@ def test_the_rules_are_those_of_prometheus() -> None:
     spec.loader.exec_module(script)
     alert = {"alert": "A", "expr": "up == 0", "for": "5m", "labels": {"severity": "page"}}
     groups = [{"name": "a", "interval": "30s", "rules": [alert, {"record": "a:b", "expr": "sum(up)"}]}]
-    made = yaml.safe_load(script.wrapped(yaml.safe_dump({"groups": groups})))
+    made = yaml.safe_load(script.wrapped("rules.yml", yaml.safe_dump({"groups": groups})))
     jsonschema.validate(made, schema("PrometheusRule"))
     assert made["spec"] == {"groups": groups}
-    again = "run deploy/kubernetes/prometheus_rule.py and list rules.yaml in kustomization.yaml beside it"
-    assert script.TARGET.read_text() == script.wrapped(script.SOURCE.read_text()), again
-    assert any(each["kind"] == "PrometheusRule" for each in rendered("prometheus-operator")), again
+    again = "run deploy/kubernetes/prometheus_rule.py and list what it writes in kustomization.yaml beside it"
+    for source, (target, _) in script.FILES.items():
+        whole = script.wrapped(source, (script.SOURCES / source).read_text())
+        assert (script.TARGETS / target).read_text() == whole, again
+    applied = {
+        each["metadata"]["name"] for each in rendered("prometheus-operator") if each["kind"] == made["kind"]
+    }
+    assert applied == {name for _, name in script.FILES.values()}, again
+    assert {path.name for path in script.SOURCES.glob("*.yml")} == {*script.FILES, "prometheus.yml"}
 
 
 def guide() -> list[str]:
