@@ -20,8 +20,8 @@ POD_RULES = DEPLOY / "prometheus" / "kubernetes.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "assay.json"
 BY_PROMETHEUS = frozenset({"job", "instance", "namespace"})
 """Labels that every series gets when it is scraped, the last of them by Prometheus' operator."""
-_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$tier": ".*", "$namespace": ""}
-"""Grafana's, and what stands for them here."""
+_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$tier": ".*", "$namespace": ".*"}
+"""Grafana's, and what stands for them here: what it fills in for all."""
 
 
 @dataclass(frozen=True)
