@@ -115,6 +115,19 @@ def test_the_guide_speaks_of_objects_that_are_there() -> None:
     assert set(found) <= there
 
 
+def test_the_guide_certifies_once_every_engine_is_there_and_waits_for_jobs_that_are() -> None:
+    commands = guide()
+    cluster = Cluster.of("8b")
+    (certified,) = (at for at, command in enumerate(commands) if command.endswith("overlays/8b/certify"))
+    before = commands[commands.index("kubectl apply -k deploy/kubernetes/overlays/8b") : certified]
+    status = f"kubectl -n {NAMESPACE} rollout status "
+    assert {each.removeprefix(status) for each in before if each.startswith(status)} == {
+        f"deployment/assay-engine-{tier}" for tier in cluster.engines()
+    }
+    waited = [command.split()[1] for command in commands if "ended.sh" in command]
+    assert waited == [job["metadata"]["name"] for job in cluster.all("Job")]
+
+
 def test_the_guides_secrets_are_those_that_pods_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (make_key,) = (command for command in guide() if command.startswith("openssl rand "))
