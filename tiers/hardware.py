@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import pynvml
 
 from tiers.errors import ConfigError, PlacementError
+from tiers.ram import free_ram
 
 MIB, GIB = 1 << 20, 1 << 30
 FP8_CAPABILITY = (8, 9)
@@ -97,7 +97,7 @@ class Machine:
         gpus = present_gpus() if backend != "cpu" else ()
         if backend == "auto":
             backend = "cuda" if gpus else "cpu"
-        return cls(backend, gpus, ram=psutil.virtual_memory().available)
+        return cls(backend, gpus, ram=free_ram())
 
     @property
     def smallest(self) -> Gpu:

@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 import kernels
@@ -258,7 +257,7 @@ def test_a_plan_of_tiers_on_ray_is_over_as_many_nodes_as_are_given(here: Here) -
 
 def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers.hardware, "present_gpus", tuple)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     code, out, _ = here("plan")
     assert code == 0
     assert "CPU, 16.0 GiB of memory free" in out
@@ -668,7 +667,7 @@ def test_what_starts_an_engine_is_printed_without_its_key(
 def test_an_engine_sends_its_spans_where_the_config_says(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path / ".assay")
     (tmp_path / "c.yaml").write_text(f"tracing: {{endpoint: 'http://collector:4318'}}\n{ELSEWHERE}")
     code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--print")
@@ -679,7 +678,7 @@ def test_an_engine_sends_its_spans_where_the_config_says(
 def test_two_engines_of_a_tier_write_into_files_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path)
     (tmp_path / "c.yaml").write_text(f"home: {tmp_path}\n{ELSEWHERE}")
     config = load_config(tmp_path / "c.yaml")
