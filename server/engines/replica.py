@@ -119,8 +119,8 @@ class Replica:
                 await turn.enter_async_context(self.turns.starting(self))
             try:
                 await self._start(say)
-            except Exception as error:
-                # Before the turn is passed on: whoever comes next needs the memory.
+            except BaseException as error:
+                # Before the turn is passed on, also by one that is given up: whoever comes next needs the memory.
                 if isinstance(error, PrecisionRefused):
                     self.state = State.REFUSED
                 await self._end_engine()
