@@ -230,3 +230,24 @@ async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> 
             assert tended.pool.waiting == 2
             tended.queue = 3
             assert tended.pool.waiting == 5
+
+
+async def test_what_one_that_leaves_still_works_on_calls_no_other(tending: Tended) -> None:
+    staying, leaving = tending.pool.replicas[0], tending.another(2)
+    assert isinstance(staying, FakeEngineReplica)
+    assert isinstance(leaving, FakeEngineReplica)
+    tending.add(tending.pool, leaving)
+    leaving.leaving = True
+    async with leaving.works_on(1), staying.works_on(4):
+        assert tending.pool.waiting == 0
+        await asyncio.sleep(0.1)
+        assert tending.pool.replicas == (staying, leaving)
+
+
+async def test_where_another_has_room_nothing_waits_for_one_more(tended: Tended) -> None:
+    """One was away, so that the other has more than it works on at once; now it is back, and idle."""
+    first, back = tended.pool.replicas[0], tended.another(2)
+    assert isinstance(first, FakeEngineReplica)
+    async with first.works_on(6):
+        tended.add(tended.pool, back)
+        assert tended.pool.waiting == 0
