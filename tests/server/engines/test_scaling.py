@@ -79,7 +79,18 @@ def test_load_between_the_two_bounds_changes_nothing_however_long() -> None:
 
 
 def test_a_replica_that_failed_is_waited_for_and_not_replaced() -> None:
-    assert changes(row(300, replicas=2, able=1)) == []
+    assert changes(row(300, waiting=9, replicas=2, able=1, to_spare=1)) == []
+
+
+def test_a_replica_that_never_comes_up_leaves_when_it_is_not_needed() -> None:
+    assert changes(row(150, replicas=3, able=2, to_spare=1, running=4)) == [(100, -1)], "half of what two can do"
+    assert changes(row(300, replicas=3, able=2, to_spare=1, running=5)) == []
+
+
+def test_those_that_answer_are_kept_while_none_could_take_their_place() -> None:
+    assert changes(row(300, replicas=2, able=1)) == [], "the first one has failed, and stays"
+    assert changes(row(150, replicas=3, able=2)) == [(100, -1)]
+    assert changes(row(300, replicas=2, able=0, to_spare=1)) == [], "nobody can say how many would be needed"
 
 
 def test_what_an_operator_has_stopped_is_not_waited_for_and_keeps_its_place() -> None:
@@ -251,3 +262,17 @@ async def test_where_another_has_room_nothing_waits_for_one_more(tended: Tended)
     async with first.works_on(6):
         tended.add(tended.pool, back)
         assert tended.pool.waiting == 0
+
+
+async def test_one_that_cannot_answer_leaves_before_those_that_can(tended: Tended) -> None:
+    first, refused, newest = tended.pool.replicas[0], tended.another(2), tended.another(3)
+    for replica in refused, newest:
+        tended.add(tended.pool, replica)
+    refused.state = State.REFUSED
+    bounds = Bounds(2, 3, 4, fewer_after_s=0.01)
+    keeping = asyncio.create_task(
+        Scaling(tended.pool, bounds, tended.another, look_s=0.005).keep(tended.add, tended.remove)
+    )
+    await tended.reaches(2)
+    keeping.cancel()
+    assert tended.pool.replicas == (first, newest)
