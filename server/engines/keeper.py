@@ -24,12 +24,13 @@ async def keep(replica: Replica) -> None:
             if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
         is_clear = await goes_well(replica, replica.clear_away(backoff))
-        log.warning("%s: the engine ended; trying again in %.0f s", replica.name, backoff)
+        what = "the engine ended" if replica.failed.is_set() else "no engine has come up"
+        log.warning("%s: %s; trying again in %.0f s", replica.name, what, backoff)
         await asyncio.sleep(backoff)
         backoff = min(backoff * 2, LONGEST_BACKOFF_S)
         # What is left of the last one is not to be lost sight of: first it has to be cleared away.
         if is_clear and await goes_well(replica, replica.start_again()):
-            log.warning("%s: the engine is back", replica.name)
+            log.warning("%s: an engine is there", replica.name)
 
 
 async def goes_well(replica: Replica, step: Awaitable[None]) -> bool:

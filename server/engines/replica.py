@@ -84,7 +84,8 @@ class Replica:
         self._address_file = address_file
         self.turns = turns
         self._engine: Engine | None = None
-        self._failed = asyncio.Event()
+        self.failed = asyncio.Event()
+        """Whether an engine was there, and is no more; not so of one that has not come up."""
         self._places = Places()
         self._vitals = Vitals(patience or Patience())
         self._probation = Probation()
@@ -125,13 +126,13 @@ class Replica:
         self.on_ready()
 
     async def _start(self, say: Callable[[str], None]) -> None:
+        self.failed.clear()
         if self.state is not State.RESTARTING:
             self.state = State.STARTING
         elif self._checkpoints is not None:
             await self._checkpoints.verify_again(self.tier, self.manifest)
         self.verified = None
         self._due.begins()
-        self._failed.clear()
         self.load.forget()
         launched = await self._launch.begin(self.tier, self.log_file)
         self._engine = engine = Engine.of(self.name, launched)  # before all that may fail: who holds it can end it
@@ -149,8 +150,8 @@ class Replica:
         self.state = State.READY
 
     async def start_again(self) -> None:
-        """After it has failed. Raises what `start` does."""
-        if self._checkpoints:  # else it is somebody else's, who may have ended it on purpose, and started another
+        """After it has failed, or not come up. Raises what `start` does."""
+        if self._checkpoints and self.failed.is_set():  # else it is somebody else's, who may have wanted its end
             self.restarts += 1
             self._metrics.restarts.labels(self.tier.name).inc()
         await self.start()
@@ -293,7 +294,7 @@ class Replica:
             return
         self._due.starts_after(FIRST_BACKOFF_S)
         self.state = State.RESTARTING
-        self._failed.set()
+        self.failed.set()
 
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
@@ -308,7 +309,7 @@ class Replica:
         assert engine is not None
         hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
         ended = () if engine.process is None else (engine.process.wait(),)
-        await first_of((self._failed.wait(), until_not(self.is_alive), hangs, *ended))
+        await first_of((self.failed.wait(), until_not(self.is_alive), hangs, *ended))
 
     async def clear_away(self, backoff_s: float) -> None:
         """End what is left of an engine that failed; another is to start after so long."""

@@ -27,6 +27,7 @@ class Troubled(FakeEngineReplica):
 
     async def start(self, say: object = None) -> None:
         self.starts += 1
+        self.failed.clear()
         if self.bad_starts:
             self.bad_starts -= 1
             raise RuntimeError("unforeseen")
@@ -39,8 +40,7 @@ class Troubled(FakeEngineReplica):
             raise RuntimeError("unforeseen")
 
     async def until_it_fails(self) -> None:
-        await self._failed.wait()
-        self._failed.clear()
+        await self.failed.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,12 @@ async def test_a_replica_more_that_fails_in_an_unforeseen_way_is_tried_again(
     await until(lambda: troubled.state is State.READY)
     assert troubled.starts == 3
     assert "unforeseen" in caplog.text
+    assert "no engine has come up; trying again" in caplog.text
+    assert troubled.restarts == 0, "waiting for room on a cluster is no engine that was lost"
+    troubled.failed.set()
+    await until(lambda: troubled.starts == 4)
+    assert troubled.restarts == 1
+    assert "the engine ended; trying again" in caplog.text
     await fleet.stop()
 
 
@@ -74,7 +80,7 @@ async def test_what_cannot_be_cleared_away_is_not_started_beside_and_tried_again
     troubled.state = State.READY
     troubled.bad_ends = 2
     keeping = asyncio.create_task(keeper.keep(troubled))
-    troubled._failed.set()
+    troubled.failed.set()
     await until(lambda: troubled.restarts == 1)
     assert (troubled.state, troubled.bad_ends, troubled.starts) == (State.READY, 0, 1)
     keeping.cancel()
