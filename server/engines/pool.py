@@ -99,6 +99,11 @@ class Pool:
         return sum(replica.running for replica in self.replicas)
 
     @property
+    def expected(self) -> int:
+        """How many replicas would answer if all were well: without those that leave, and are not missed."""
+        return sum(not each.leaving or self.service.has_out(each) for each in self.replicas)
+
+    @property
     def drained(self) -> int:
         """How many of the replicas an operator has out of service."""
         return self.service.drained

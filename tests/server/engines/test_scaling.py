@@ -276,3 +276,16 @@ async def test_one_that_cannot_answer_leaves_before_those_that_can(tended: Tende
     await tended.reaches(2)
     keeping.cancel()
     assert tended.pool.replicas == (first, newest)
+
+
+async def test_one_that_leaves_is_not_missed_and_one_that_an_operator_has_out_is(tended: Tended) -> None:
+    def replicas() -> float | None:
+        return tended.metrics.registry.get_sample_value("assay_replicas", {"tier": tended.pool.tier.name})
+
+    for number in 2, 3:
+        tended.add(tended.pool, tended.another(number))
+    _, leaving, out = tended.pool.replicas
+    leaving.leaving = True
+    assert (replicas(), tended.pool.ready) == (2, 2), "no engine is missing"
+    tended.pool.service.take_out(out)
+    assert (replicas(), tended.pool.ready, tended.pool.drained) == (2, 1, 1)
