@@ -12,6 +12,7 @@ from itertools import count
 from typing import NamedTuple, Self
 
 from server.engines.departures import Add, Departures, Remove
+from server.engines.going_on import goes_well
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 
@@ -124,20 +125,23 @@ class Scaling:
         self._another = another
         self._look_s = look_s
         self._departures = Departures()
+        self._reason = Reason()
 
     async def keep(self, add: Add, remove: Remove) -> None:
         """Look again and again, for ever."""
-        reason = Reason()
         try:
             while True:
-                reason, change = next_reason(reason, Look.at_pool(self._pool), self._bounds)
-                if change > 0:
-                    self._more(add)
-                elif change < 0:
-                    self._fewer(remove)
+                await goes_well(self._pool.tier.name, self._look(add, remove))
                 await asyncio.sleep(self._look_s)
         finally:
             await self._departures.close()
+
+    async def _look(self, add: Add, remove: Remove) -> None:
+        self._reason, change = next_reason(self._reason, Look.at_pool(self._pool), self._bounds)
+        if change > 0:
+            self._more(add)
+        elif change < 0:
+            self._fewer(remove)
 
     def _more(self, add: Add) -> None:
         numbers = {replica.number for replica in self._pool.replicas}

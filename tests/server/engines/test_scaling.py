@@ -166,7 +166,9 @@ async def tending(tended: Tended) -> AsyncIterator[Tended]:
     """It is changed as soon as there is a reason."""
     bounds = Bounds(1, 3, 4, more_after_s=0.01, fewer_after_s=0.02)
     scaling = Scaling(tended.pool, bounds, tended.another, look_s=0.005)
-    keeping = asyncio.create_task(scaling.keep(tended.add, tended.remove))
+    keeping = asyncio.create_task(
+        scaling.keep(lambda *what: tended.add(*what), lambda *what: tended.remove(*what))
+    )
     yield tended
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
@@ -230,6 +232,33 @@ async def test_none_leaves_while_an_operator_has_one_started_again(tending: Tend
     assert not any(replica.leaving for replica in tending.pool.replicas)
     tending.pool.service.returning = None
     await tending.reaches(1)
+
+
+async def test_one_look_that_fails_is_told_and_is_not_the_last(
+    tending: Tended, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter([RuntimeError("unforeseen")])
+
+    def add(pool: Pool, replica: Replica) -> None:
+        for failure in failures:
+            raise failure
+        pool.add(replica)
+
+    tending.add = add  # type: ignore[method-assign]
+    tending.queue = 5
+    await tending.reaches(2)
+    assert "unforeseen" in caplog.text
+
+
+async def test_a_departure_that_fails_is_told(tending: Tended, caplog: pytest.LogCaptureFixture) -> None:
+    async def remove(pool: Pool, replica: Replica) -> None:
+        raise RuntimeError("unforeseen")
+
+    tending.remove = remove  # type: ignore[method-assign]
+    tending.add(tending.pool, tending.another(2))
+    async with asyncio.timeout(2):
+        while "unforeseen" not in caplog.text:
+            await asyncio.sleep(0.005)
 
 
 async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> None:
