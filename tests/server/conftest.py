@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ class FakeEngineReplica(Replica):
 
     def due_in(self, seconds: float) -> None:
         """When it says that it will be back."""
-        self._due = time.monotonic() + seconds
+        self._due.after(seconds)
 
     @asynccontextmanager
     async def works_on(self, requests: int) -> AsyncIterator[None]:
