@@ -13,6 +13,7 @@ import uvloop
 from rich.markup import escape
 
 import kernels
+from server.backend import backend_of, machine_of
 from server.checkpoints import Checkpoints
 from server.commands.certificate import certificate_app
 from server.commands.certify import certify
@@ -147,7 +148,7 @@ def plan(
     elif count or nodes:
         raise ConfigError("--count and --nodes are of a card: name it with --gpu.")
     else:
-        machine = Machine.here(settings.backend)
+        machine = machine_of(settings)
     member = find_member(model) if model else None
     if member:
         entry = ModelConfig(name=member.name, source=member.ids[0])
@@ -194,7 +195,7 @@ def build(
     log_to(err)
     settings = load_config(config)
     chosen = choose_tiers(settings, tiers)
-    check_hardware(chosen, Machine.here(installed_backend() if settings.backend == "auto" else settings.backend))
+    check_hardware(chosen, Machine.here(backend_of(settings)))
     with Steps(err) as steps:
         manifests = asyncio.run(Checkpoints(settings, steps).prepare(chosen, rebuild=rebuild))
     if as_json:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from server.backend import backend_of
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engine_key import VARIABLE, engine_key
@@ -26,7 +27,7 @@ from server.listener import listening_socket
 from server.metrics import Metrics
 from server.progress import Steps
 from server.stop import Stop
-from tiers.engine import EngineCommand, engine_command, installed_backend
+from tiers.engine import EngineCommand, engine_command
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import Machine
 from tiers.manifest import Manifest
@@ -70,7 +71,7 @@ class OneEngine:
                 f"On {host} others can reach this engine, and it answers only who shows a key that its gateways "
                 f"have too: set engine_key in the config, or {VARIABLE}, or listen on 127.0.0.1."
             )
-        self._backend = installed_backend() if config.backend == "auto" else config.backend
+        self._backend = backend_of(config)
 
     @property
     def log_file(self) -> Path:

