@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from server.config import Config
 from server.keys import Keys
@@ -28,6 +28,7 @@ from server.limits import check_limits
 from server.listener import LAST_WORDS_S, check_reach, reserved_port, url_of
 from server.metrics import Metrics
 from server.scrape import Gathering, gauges_of, tell
+from server.series import WORKER_RESTARTS
 from server.worker import ALL, Worker, begin
 from tiers.errors import AssayError
 
@@ -57,9 +58,7 @@ class Workers:
         """All have been able to answer at the same time, or one after another."""
         self._stopping = asyncio.Event()
         registry = CollectorRegistry()
-        self._restarts = Counter(
-            "assay_gateway_restarts", "Times a gateway process of this port was started again.", registry=registry
-        )
+        self._restarts = WORKER_RESTARTS.make(registry)
         self._gathering = Gathering(registry, gauges_of(Metrics().registry))
 
     async def run(self) -> None:
