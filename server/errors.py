@@ -1,4 +1,8 @@
-"""Everything the gateway refuses, each a class with one sentence; OpenAI's error envelope, made in one place."""
+"""What requests for text are refused with, each a class with one sentence, and OpenAI's error envelope.
+
+The root of all refusals is here too. Those that one place alone raises are defined there: of a connection, of a
+path, of a scrape, of limits that Redis counts. Whichever it is, its envelope is made here.
+"""
 
 import re
 from typing import Any
