@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvloop
 from rich.markup import escape
 
 import kernels
@@ -26,7 +25,6 @@ from server.commands.console import (
     log_to,
     out,
     tier_names,
-    welcome,
 )
 from server.commands.drain import drain
 from server.commands.engine import engine
@@ -37,8 +35,6 @@ from server.commands.sensitivity import sensitivity
 from server.commands.tables import parts_table, plan_table, recipe_paragraphs, show, table, tiers_table
 from server.config import choose_tiers
 from server.config_file import load_config
-from server.engines.fleet import Fleet
-from server.keys import Keys
 from server.model_config import ModelConfig
 from server.progress import Steps
 from tiers.catalog import CATALOG, find_member
@@ -88,19 +84,12 @@ def serve(
 
     Example: assay serve --config deploy/llama-3.1-8b.yaml
     """
-    from server.serve import serve as run_server  # a web framework, for which no other command need wait
+    from server.commands.serving import serve_here  # a web framework, for which no other command need wait
 
     log_to(err)
     settings = load_config(config, host=host, port=port)
     log_to(err, settings.log_format)
-    steps = Steps(err)
-
-    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
-        steps.close()
-        welcome(fleet, url, with_keys=keys.required)
-
-    with steps:
-        uvloop.run(run_server(settings, steps, announce, build=build))
+    serve_here(settings, build=build)
 
 
 def _model_names(incomplete: str) -> list[str]:

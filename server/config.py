@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from server.engines.vitals import Patience
+from server.engines.patience import Patience
 from server.launch.cluster import RayConfig
 from server.logs import LogFormat
 from server.model_config import ModelConfig, TierConfig, embedded

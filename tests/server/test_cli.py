@@ -306,6 +306,12 @@ def test_a_plan_is_for_what_serve_would_start_engines_on(
     assert said in out + err
 
 
+def test_no_command_waits_for_what_another_needs_to_serve() -> None:
+    loaded = "import sys, server.cli; print(*({'aiohttp', 'fastapi', 'uvicorn'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
 def test_no_server_to_ask_is_a_sentence(here: Here) -> None:
     code, _, err = here("tiers", "--url", f"http://127.0.0.1:{free_port()}")
     assert code == 2

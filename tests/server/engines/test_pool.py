@@ -17,10 +17,10 @@ from server.commands.tables import tiers_table
 from server.config import Config
 from server.config_file import load_config
 from server.engines.fleet import Fleet
+from server.engines.patience import Patience
 from server.engines.pool import Pool
 from server.engines.state import State
 from server.engines.turns import Turns
-from server.engines.vitals import Patience
 from server.errors import TierNotVerified, TierUnavailable
 from server.keys import Keys
 from server.metrics import Metrics
