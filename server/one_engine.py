@@ -17,7 +17,7 @@ from pathlib import Path
 
 from server.backend import backend_of
 from server.checkpoints import Checkpoints
-from server.config import Config
+from server.config import ENGINE_PORT, Config
 from server.engine_key import VARIABLE, engine_key
 from server.engines.failures import EngineNotStarted
 from server.engines.replica import Replica
@@ -37,8 +37,6 @@ from tiers.tier import Tier
 
 log = logging.getLogger("assay.engine")
 
-ENGINE_PORT = 8100
-"""By default. What is written of an engine on another has that in its name: several of a tier may share a home."""
 POLL_S = 0.1
 
 

@@ -120,10 +120,10 @@ def _with(folder: Path, tier: str) -> Config:
 
 def test_a_tier_elsewhere_takes_nothing_here(tmp_path: Path) -> None:
     config = _with(tmp_path, "{launch: url, urls: ['http://lite:8100/', 'https://10.0.0.1:443']}")
-    assert [tier.kind for tier in config.tiers_here] == [TierKind.REFERENCE]
+    assert [tier.kind for tier in config.tiers_started] == [TierKind.REFERENCE]
     lite = config.tiers[1]
     assert config.settings_of(lite).urls == ("http://lite:8100", "https://10.0.0.1:443")
-    assert config.all_here().tiers_here == config.all_here().tiers
+    assert config.all_here().tiers_started == config.all_here().tiers
 
 
 @pytest.mark.parametrize(
