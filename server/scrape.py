@@ -93,7 +93,7 @@ def _one_of(families: Sequence[Metric], gauges: Mapping[str, Combine]) -> Metric
     return one
 
 
-class Gathering:
+class Processes:
     """What all processes say, and what those said that say nothing any more."""
 
     def __init__(self, registry: CollectorRegistry, gauges: Mapping[str, Combine]) -> None:

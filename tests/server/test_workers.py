@@ -73,7 +73,7 @@ async def workers(config: Config, keys: Path, limits: str) -> AsyncIterator[Runn
 
 
 async def test_all_that_is_said_of_the_processes_themselves_is_in_the_table(tmp_path: Path) -> None:
-    told = await Workers(lambda worker: None, 2, "127.0.0.1", 0, tmp_path)._gathering.exposition()
+    told = await Workers(lambda worker: None, 2, "127.0.0.1", 0, tmp_path)._processes.exposition()
     names = {family.name for family in text_string_to_metric_families(told.decode())}
     assert {name for name in names if not name.endswith(CREATED)} == {each.name for each in series.OF_WORKERS}
 
