@@ -19,7 +19,7 @@ test: install-dev lint types imports test-fast test-engines ## everything that m
 install: ## both environments; repairs an interrupted one
 	@$(PYTHON) deploy/install.py
 
-install-dev:
+install-dev: # a fifth of a second where nothing is missing
 	@$(PYTHON) deploy/install.py --dev
 
 lint: ## ruff: style and common mistakes
@@ -32,18 +32,18 @@ types: ## mypy --strict
 imports: ## server → tiers → kernels, never back up
 	$(RUN)/lint-imports
 
-test-fast: ## tests without an engine, in seconds
+test-fast: install-dev ## tests without an engine, in seconds
 	@# Compiled tests are kept, even where Python is told not to: three processes would each compile them again.
 	@# One thread each, or those of three processes wait for each other on few cores, and spin.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
 
-test-engines: ## tests on six real engines of two models, started once
+test-engines: install-dev ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu and not slow"
 
-test-slow: ## tests on engines that `make test` has no time for
+test-slow: install-dev ## tests on engines that `make test` has no time for
 	$(RUN)/pytest -m "engine and not gpu and slow"
 
-test-gpu: ## tests that need an NVIDIA GPU
+test-gpu: install-dev ## tests that need an NVIDIA GPU
 	$(RUN)/pytest -m gpu
 
 audit: install-dev ## known vulnerabilities in what the gateway depends on; options in AUDIT

@@ -27,7 +27,7 @@ _STANDING = {
 """The headers that say how a key stands."""
 
 
-class Account:
+class Bill:
     """What one request takes of its key's limits within the block; corrected when it is known what it really took.
 
     A class, for every request has one, and a generator costs more.
@@ -89,14 +89,14 @@ class Admission:
         """Requests in the tier's queue."""
         return self._queues[pool].waiting
 
-    def account(self, key: Key | None, headers: Headers) -> Account:
+    def bill(self, key: Key | None, headers: Headers) -> Bill:
         """One of the key's requests, within the block; how the key stands is added to ``headers``.
 
         Raises:
             TooManyAtOnce, RateExceeded: into the block; one of the key's limits is reached.
             LimitsUnreachable, LimitsNotShared: into the block; the key has limits that nobody can count.
         """
-        return Account(key, self._limits, headers)
+        return Bill(key, self._limits, headers)
 
     def place(self, key: Key | None, pool: Pool, places: int) -> Place:
         """Places in the tier's engines for one request, in turn; see `FairQueue.place`.

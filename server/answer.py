@@ -12,7 +12,8 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
-from server.errors import EngineRefused, Refusal, envelope, error_event
+from server.engines.refused import EngineRefused
+from server.errors import Refusal, envelope, error_event
 
 Fields = dict[str, Any]
 

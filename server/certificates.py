@@ -1,7 +1,6 @@
 """The certificates of a server's tiers, a file each. Knows files; what they say now is `server.standing`'s."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,16 +35,9 @@ class Certificates:
             CertificateError: it cannot be written.
         """
         path = self.file(tier)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                certificate.write(draft)
-                with draft.open("rb") as written:
-                    os.fsync(written.fileno())
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            certificate.write(path)
         except OSError as error:
             raise CertificateError(f"{path} cannot be written ({error.strerror}).") from error
         return path

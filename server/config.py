@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from server.engines.vitals import Patience
+from server.engines.patience import Patience
 from server.launch.cluster import RayConfig
 from server.logs import LogFormat
 from server.model_config import ModelConfig, TierConfig, embedded
@@ -18,6 +18,8 @@ from tiers.recipe import find_recipe
 from tiers.source import Source
 from tiers.tier import Tier, TierKind
 
+ENGINE_PORT = 8100
+"""Of `assay engine`, by default. What is written of one on another is named by it: a home may hold several."""
 REDIS_OPTIONS = frozenset({"db", "ssl_ca_certs"})
 """That a URL of Redis may have; its client would take any of its own there."""
 
@@ -196,11 +198,6 @@ class Config(Patience):
         """What it says of that tier: the defaults of one that it does not name, as a reference may be."""
         mine = (model.tiers.get(tier.kind) for model in self.models if model.name == tier.model)
         return next((each for each in mine if each), TierConfig())
-
-    @property
-    def tiers_here(self) -> tuple[Tier, ...]:
-        """Those whose engines take of this machine's memory and GPUs."""
-        return tuple(tier for tier in self.tiers if tier.resources.launch == "local")
 
     @property
     def tiers_started(self) -> tuple[Tier, ...]:

@@ -9,7 +9,6 @@ a gateway can start again while no engine answers.
 import asyncio
 import hashlib
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from server.engines.resolution import addresses_of
 from server.measuring.measurable import POLL_S
 from server.progress import Step, Steps
 from tiers.errors import CheckpointError
+from tiers.files import write_whole
 from tiers.manifest import MANIFEST_NAME, Manifest
 from tiers.probe.reading import CheckpointReading
 from tiers.tier import Tier
@@ -133,9 +133,7 @@ def _keep(said: CheckpointReading, tier: Tier) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Several gateways may do so at once: each file is there whole at any time, the manifest last.
         for name, text in ((CONFIG_NAME, said.config), (MANIFEST_NAME, said.manifest)):
-            draft = folder / f".{name}.{os.getpid()}"
-            draft.write_bytes(text.encode())
-            draft.replace(folder / name)
+            write_whole(folder / name, text.encode())
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror}): set `home`.") from error
 

@@ -1,11 +1,12 @@
-"""Everything the gateway refuses, each a class with one sentence; OpenAI's error envelope, made in one place."""
+"""What requests for text are refused with, each a class with one sentence, and OpenAI's error envelope.
 
-import re
-from typing import Any
+The root of all refusals is here too. Those that one place alone raises are defined there: of a connection, of a
+path, of a scrape, of limits that Redis counts, of an engine itself. Whichever it is, its envelope is made here.
+"""
 
 import msgspec
 
-_LONGEST_QUOTE = 100
+LONGEST_QUOTE = 100
 _LONGEST_MESSAGE = 500
 
 
@@ -45,8 +46,8 @@ class FieldRefused(Refusal):
     code = "invalid_value"
 
     def __init__(self, param: str, problem: str) -> None:
-        super().__init__(f"{_cut(problem)}.")
-        self.param = param[:_LONGEST_QUOTE]
+        super().__init__(f"{cut(problem)}.")
+        self.param = param[:LONGEST_QUOTE]
 
 
 class FormRefused(FieldRefused):
@@ -258,57 +259,14 @@ class EngineFailed(Refusal):
     status, type, code = 500, "server_error", "engine_failed"
 
 
-class EngineRefused(Refusal):
-    """The engine itself refuses the request; its own sentence is passed on in the envelope."""
-
-    STATUSES = frozenset({400, 404, 422})
-    """With which it does so. Any other that is no success is about the engine, and not about the request."""
-    _TOO_LONG = re.compile(
-        r"maximum context length is|cannot be greater than max_model_len|exceeds the max_model_len"
-        r"|must be at least 1, got 0"
-    )
-    """How vLLM 0.32 says that prompt and answer are longer than the model's context; of none at all, which it also
-    says so, it is not asked."""
-    _INVALID = re.compile(r"'loc': '(?:body\.)?([^']*)', 'msg': (?P<quote>['\"])(?P<what>.*?)(?P=quote)")
-    """A field in its list of what is invalid, which is Python's and repeats what the caller sent."""
-
-    def __init__(self, status: int, message: str, param: str | None) -> None:
-        if invalid := self._INVALID.search(message):
-            message = f"{invalid[1]}: {invalid['what']}."
-        super().__init__(_cut(message))
-        self.status = status
-        self.param = param.removeprefix("body.")[:_LONGEST_QUOTE] if param else None
-        if self._TOO_LONG.search(message):
-            self.code = "context_length_exceeded"
-
-    @classmethod
-    def read(cls, status: int | None, body: bytes) -> "EngineRefused":
-        """What vLLM says of a request it does not take, in any of its shapes.
-
-        Without a ``status``, as in a stream, it is the one that the error names.
-        """
-        try:
-            answer: Any = msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            answer = {}
-        error = answer.get("error", answer) if isinstance(answer, dict) else {}
-        if not isinstance(error, dict):
-            error = {"message": str(error)}
-        if status is None:
-            status = error["code"] if isinstance(error.get("code"), int) else 500
-        message = error.get("message") or error.get("detail") or f"The engine refused the request ({status})."
-        param = error.get("param")
-        return cls(status, str(message), param if isinstance(param, str) else None)
-
-
-def _cut(message: str) -> str:
+def cut(message: str) -> str:
     """A message, which may repeat what a caller sent, no longer than helps."""
     return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "…"
 
 
 def quoted(text: str) -> str:
     """What a caller sent, as a message may repeat it: escaped, and not longer than helps."""
-    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…")
+    return repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "…")
 
 
 def envelope(error: Refusal) -> bytes:

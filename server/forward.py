@@ -13,10 +13,11 @@ from server.answer import AnswerGivenUp, EngineBroke, Events, rendered_tokens
 from server.engines.affinity import NO_WORK, Burden, Work
 from server.engines.places import BrokenOff
 from server.engines.pool import Pool
+from server.engines.refused import EngineRefused
 from server.engines.replica import Replica
 from server.engines.state import State
 from server.engines.upstream import Connection, Draining, NotReached, Upstream, UpstreamBroke
-from server.errors import EngineFailed, EngineRefused, FormRefused
+from server.errors import EngineFailed, FormRefused
 from server.exchange import Reply
 from server.metrics import Metrics
 

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from server.errors import KeyInvalid, KeyMissing
 from tiers.digests import Stamp
 from tiers.errors import ConfigError
+from tiers.files import write_whole
 from tiers.tier import Tier
 
 if TYPE_CHECKING:
@@ -198,24 +198,8 @@ class KeyFile:
     def _write(self, keys: tuple[Key, ...]) -> None:
         text = _Stored(keys=keys).model_dump_json(indent=2) + "\n"
         path = self.path.resolve()  # the file, where `keys` is a link to it
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-        draft = Path(name)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                if path.exists() and (owner := path.stat()).st_uid != os.geteuid():
-                    # Root adds a key for a server that runs as somebody else, who must be able to read it.
-                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
-                file.write(text)
-                file.flush()
-                os.fsync(descriptor)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        # Root adds a key for a server that runs as somebody else, who must be able to read it.
+        write_whole(path, text.encode(), 0o600, keep_owner=True)
 
 
 class Keys:

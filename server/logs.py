@@ -14,7 +14,7 @@ LogFormat = Literal["text", "json"]
 log = logging.getLogger("assay")
 
 
-class Traced(Protocol):
+class NamedTrace(Protocol):
     """The trace that a request is told in, if it is."""
 
     @property
@@ -34,7 +34,7 @@ class Handled(Protocol):
         """Once it is known."""
 
     @property
-    def trace(self) -> Traced:
+    def trace(self) -> NamedTrace:
         """Where it is told."""
 
     @property

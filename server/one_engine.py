@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from server.backend import backend_of
 from server.checkpoints import Checkpoints
-from server.config import Config
+from server.config import ENGINE_PORT, Config
 from server.engine_key import VARIABLE, engine_key
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted
@@ -26,7 +27,7 @@ from server.listener import listening_socket
 from server.metrics import Metrics
 from server.progress import Steps
 from server.stop import Stop
-from tiers.engine import EngineCommand, engine_command, installed_backend
+from tiers.engine import EngineCommand, engine_command
 from tiers.errors import AssayError, ConfigError
 from tiers.hardware import Machine
 from tiers.manifest import Manifest
@@ -36,8 +37,6 @@ from tiers.tier import Tier
 
 log = logging.getLogger("assay.engine")
 
-ENGINE_PORT = 8100
-"""By default. What is written of an engine on another has that in its name: several of a tier may share a home."""
 POLL_S = 0.1
 
 
@@ -70,7 +69,7 @@ class OneEngine:
                 f"On {host} others can reach this engine, and it answers only who shows a key that its gateways "
                 f"have too: set engine_key in the config, or {VARIABLE}, or listen on 127.0.0.1."
             )
-        self._backend = installed_backend() if config.backend == "auto" else config.backend
+        self._backend = backend_of(config)
 
     @property
     def log_file(self) -> Path:

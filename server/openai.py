@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from msgspec import UNSET
 from pydantic import BaseModel
 
-from server.admission import Account, Admission
+from server.admission import Admission, Bill
 from server.answer import (
     EngineBroke,
     Events,
@@ -149,7 +149,7 @@ class Endpoint:
         began = reply.request_began
         course = Course(self._metrics, OPERATIONS.get(self._path.path), reply)
         try:
-            async with self._admission.account(key, reply.headers) as account:
+            async with self._admission.bill(key, reply.headers) as bill:
                 body = await read_body(headers, receive, self._body_limit, self._body_timeout_s)
                 call = read_call(body, self._path.kind)
                 call.check()
@@ -162,10 +162,10 @@ class Endpoint:
                 self._gate.check(pool, standing)
                 try:
                     with Watch(reply, self._limits, began, streams=call.streams) as watch:
-                        await self._answer(call, body, pool, reply, watch, account, key, course)
+                        await self._answer(call, body, pool, reply, watch, bill, key, course)
                 except Refusal:
                     if reply.body_began is None:
-                        account.tokens = 0  # it got nothing
+                        bill.tokens = 0  # it got nothing
                     raise
         except Refusal as refusal:
             course.refused(refusal)
@@ -193,7 +193,7 @@ class Endpoint:
         pool: Pool,
         reply: Reply,
         watch: Watch,
-        account: Account,
+        bill: Bill,
         key: Key | None,
         course: Course,
     ) -> None:
@@ -208,7 +208,7 @@ class Endpoint:
                 trace.admitted()
                 whole = await forward(errand, pool, reply, watch, self._metrics)
         else:
-            await account.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
+            await bill.reserve(prompt_guess + call.choices * (call.output_tokens or 0))
             if len(pool.replicas) > 1:
                 errand = replace(errand, work=_work(call, pool, prompt_guess))
             try:
@@ -219,7 +219,7 @@ class Endpoint:
                     await self._hold_prompt_to_tier(errand, pool, reply)
                     whole = await forward(errand, pool, reply, watch, self._metrics)
             finally:
-                account.tokens = answer_format.tokens
+                bill.tokens = answer_format.tokens
                 course.used(answer_format.usage)
                 if answer_format.usage:
                     pool.answered(answer_format.usage.answer)

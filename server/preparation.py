@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from server.backend import backend_of
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.elsewhere import Elsewhere
@@ -13,36 +14,27 @@ from server.launch.cluster import Cluster
 from server.layout import Layout
 from server.metrics import Metrics
 from server.progress import Steps
-from tiers.engine import Backend, engine_command, installed_backend
+from tiers.engine import Backend, engine_command
 from tiers.errors import ConfigError
 from tiers.hardware import Machine
 from tiers.placement import place
 from tiers.tier import Tier
 
 
-def backend_of(config: Config) -> Backend:
-    """Where the config's engines run."""
-    return installed_backend() if config.backend == "auto" else config.backend
-
-
 async def prepare(
     config: Config,
-    backend: Backend | None,
     steps: Steps,
     *,
     build: bool,
     takes_faults: bool = False,
     writes_down: bool = False,
 ) -> tuple[Fleet, Metrics]:
-    """Check everything, build what is missing, and lay out the replicas; no engine is started.
-
-    ``backend`` is where engines run that this server starts, by default where the config says.
-    """
+    """Check everything, build what is missing, and lay out the replicas; no engine is started."""
     placed = config.tiers_started
     followed = [tier for tier in config.tiers if tier.resources.launch == "url"]
-    cluster = nodes = None
+    cluster = nodes = backend = None
     if placed:
-        backend = backend or backend_of(config)
+        backend = backend_of(config)
         for tier in placed:
             engine_command(tier, backend, port=0, api_key="")  # refuses arguments that cannot be
         cluster = await _cluster_of(config, backend)

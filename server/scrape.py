@@ -20,6 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from server.series import WORKERS
+
 PATIENCE_S = 1.0
 """Who has not said by then what they counted is left out."""
 CUMULATIVE = ("counter", "histogram")
@@ -91,15 +93,13 @@ def _one_of(families: Sequence[Metric], gauges: Mapping[str, Combine]) -> Metric
     return one
 
 
-class Gathering:
+class Processes:
     """What all processes say, and what those said that say nothing any more."""
 
     def __init__(self, registry: CollectorRegistry, gauges: Mapping[str, Combine]) -> None:
         self._gauges = gauges
         self._registry = registry
-        self._answering = Gauge(
-            "assay_gateway_workers", "Gateway processes of this port that answered this scrape.", registry=registry
-        )
+        self._answering = WORKERS.make(registry)
         self._sockets: dict[int, Path] = {}
         self._seen: dict[int, Families] = {}
         self._departed = Families()

@@ -166,4 +166,11 @@ SERIES = (
     *(READY, REPLICAS, REPLICAS_READY, REPLICAS_DRAINED, RESTARTS, PLANNED_RESTARTS, EJECTIONS, ASLEEP, WAKING),
     *(VERIFIED, CERTIFIED, CERTIFICATE_AGE, KL, BUILD),
 )
-"""All of them, in the order of `deploy/README.md`."""
+"""Those of a gateway, in the order of `deploy/README.md`."""
+
+WORKERS = Level("assay_gateway_workers", "Gateway processes of this port that answered this scrape.", "sum", ())
+WORKER_RESTARTS = Count(
+    "assay_gateway_restarts", "Times a gateway process of this port was started again.", labels=()
+)
+OF_WORKERS = (WORKERS, WORKER_RESTARTS)
+"""Those that several processes on one port have besides (`workers`), at the end there."""

@@ -80,7 +80,7 @@ async def serve(
     with worker.listen() if worker else listening_socket(config.host, config.port) as listener:
         check_reach(listener, keys)
         await check_limits(config)
-        fleet_of = asyncio.create_task(prepare(config, None, steps, build=build, writes_down=True))
+        fleet_of = asyncio.create_task(prepare(config, steps, build=build, writes_down=True))
         if not await stop.unless_asked(fleet_of):
             return
         fleet, metrics = fleet_of.result()
@@ -114,7 +114,7 @@ async def running_engines(
     """
     if takes_faults:
         config = config.all_here()  # nobody else's engines are there to be broken
-    fleet, _ = await prepare(config, None, steps, build=build, takes_faults=takes_faults)
+    fleet, _ = await prepare(config, steps, build=build, takes_faults=takes_faults)
     try:
         for following in fleet.followings:
             await following.find()

@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from server.config import Config
 from server.keys import Keys
@@ -27,7 +27,8 @@ from server.launch.process import GRACE_S
 from server.limits import check_limits
 from server.listener import LAST_WORDS_S, check_reach, reserved_port, url_of
 from server.metrics import Metrics
-from server.scrape import Gathering, gauges_of, tell
+from server.scrape import Processes, gauges_of, tell
+from server.series import WORKER_RESTARTS
 from server.worker import ALL, Worker, begin
 from tiers.errors import AssayError
 
@@ -57,10 +58,8 @@ class Workers:
         """All have been able to answer at the same time, or one after another."""
         self._stopping = asyncio.Event()
         registry = CollectorRegistry()
-        self._restarts = Counter(
-            "assay_gateway_restarts", "Times a gateway process of this port was started again.", registry=registry
-        )
-        self._gathering = Gathering(registry, gauges_of(Metrics().registry))
+        self._restarts = WORKER_RESTARTS.make(registry)
+        self._processes = Processes(registry, gauges_of(Metrics().registry))
 
     async def run(self) -> None:
         """Keep all of them running until `stop`; returns when none is left.
@@ -68,7 +67,7 @@ class Workers:
         Raises:
             WorkerFailed: one could not begin.
         """
-        server = await tell(self._folder / ALL, self._gathering.exposition)
+        server = await tell(self._folder / ALL, self._processes.exposition)
         keeping = [asyncio.create_task(self._keep(number)) for number in range(1, self._of + 1)]
         try:
             await asyncio.gather(*keeping)
@@ -120,7 +119,7 @@ class Workers:
         theirs.close()
         self._living[number] = process
         assert process.pid is not None
-        self._gathering.joined(process.pid, worker.counts)
+        self._processes.joined(process.pid, worker.counts)
         if self._stopping.is_set():
             process.terminate()
         ended = asyncio.Event()
@@ -134,7 +133,7 @@ class Workers:
             ours.close()
         process.join()
         del self._living[number]
-        self._gathering.left(process.pid)
+        self._processes.left(process.pid)
         worker.counts.unlink(missing_ok=True)
         return process
 

@@ -35,6 +35,12 @@ def gateway(install: ModuleType, folder: Path, *, backend: str = "cpu", dev: boo
     return replace(install.environments(backend, dev=dev)[0], folder=folder)
 
 
+@pytest.mark.parametrize("target", ["test", "test-fast", "test-engines", "test-slow", "test-gpu"])
+def test_whichever_tests_are_run_first_install_what_they_need(target: str) -> None:
+    would_run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert would_run.splitlines()[0].endswith("deploy/install.py --dev")
+
+
 def test_an_interrupted_environment_is_made_again(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from tiers.files import write_whole
+
 _BLOCK = 1 << 22
 _SETTLED_S = 2.0
 """A file changed more recently than this may change again within one tick of its file system's clock."""
@@ -53,12 +55,8 @@ class DigestCache:
         return digest
 
     def _save(self) -> None:
-        draft = self._path.with_suffix(".draft")
-        try:
-            draft.write_bytes(msgspec.json.encode(self._known))
-            draft.replace(self._path)
-        except OSError:
-            draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_whole(self._path, msgspec.json.encode(self._known))
 
 
 def sha256_of(path: Path, on_block: Callable[[], None] = lambda: None) -> str:

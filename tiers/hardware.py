@@ -14,8 +14,6 @@ from tiers.errors import ConfigError, PlacementError
 from tiers.ram import free_ram
 
 MIB, GIB = 1 << 20, 1 << 30
-FP8_CAPABILITY = (8, 9)
-"""The compute capability from which on tensor cores multiply FP8: Ada and Hopper."""
 NODE_GPUS = 8
 """What a node of data-centre cards holds; tensor parallelism stays inside one."""
 NEEDS_CUDA = (13, 0)
@@ -34,11 +32,6 @@ class Gpu:
     name: str
     memory: int
     capability: tuple[int, int]
-
-    @property
-    def has_fp8(self) -> bool:
-        """Whether it multiplies FP8 itself."""
-        return self.capability >= FP8_CAPABILITY
 
 
 CARDS: tuple[Gpu, ...] = tuple(

@@ -15,7 +15,7 @@ simulate=${2:-}
 packages="tini libnuma1 util-linux"
 if [ "$backend" = cuda ]; then
     # Triton compiles a launcher in C for each kernel when it first runs it, and torch.compile may want C++: the CUDA
-    # build does not start without. On CPUs the image keeps PyTorch from compiling (see the Dockerfile), and Numba brings
+    # build does not start without. On CPUs engines keep PyTorch from compiling (tiers/engine.py), and Numba brings
     # LLVM with it.
     packages="$packages g++ libc6-dev"
 fi

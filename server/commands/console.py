@@ -13,9 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from server.commands.tables import show, table
 from server.config_file import load_config
-from server.engines.fleet import Fleet
 from server.logs import JsonHandler, LogFormat, TextFormatter, format_asked_for, log_by, writes_json
 from tiers.errors import AssayError, ConfigError
 from tiers.tier import TierKind
@@ -103,36 +101,3 @@ def say_ready(url: str, text: str, **facts: object) -> None:
         log.info("ready on %s", url, extra={"url": url, **facts})
     else:
         out.print(text, soft_wrap=True)
-
-
-def welcome(fleet: Fleet, url: str, *, with_keys: bool) -> None:
-    """Which names are served and which are not, to whom, and a command to try."""
-    if writes_json():
-        names = {pool.tier.name: pool.can_answer for pool in fleet.pools}
-        say_ready(url, "", tiers=names, asks_for_keys=with_keys)
-        return
-    rows = table("model name", "precision", "recipe", "checkpoint", "verified")
-    for pool in fleet.pools:
-        manifest = pool.manifest
-        state = "[green]yes[/]" if pool.can_answer else "[red]no: not served[/]"
-        for name in pool.tier.names:
-            rows.add_row(name, manifest.precision.name, manifest.recipe, manifest.short_digest, state)
-    show(rows)
-    every = [pool.tier for pool in fleet.pools]
-    served = [pool.tier for pool in fleet.pools if pool.can_answer] or every  # all may have died just now
-    first_model = [tier for tier in served if tier.model == served[0].model]
-    question = [{"role": "user", "content": "Why is the sky blue?"}]
-    body = {
-        "model": first_model[-1].name,
-        "messages": question,
-        "max_tokens": 40,
-    }  # on a CPU a whole one may take minutes
-    if with_keys:
-        who = "Callers need a key: `assay keys add NAME` makes one. The command below has it in ASSAY_API_KEY."
-    else:
-        who = "No keys: whoever is on this machine may call. `assay keys add NAME` makes one."
-    out.print(f"\n{who}", soft_wrap=True)
-    out.print(f"\n[green]ready[/] on {url}. Try:\n")
-    key = ' -H "authorization: Bearer $ASSAY_API_KEY"' if with_keys else ""
-    curl = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{json.dumps(body)}'"
-    out.print(escape(curl), soft_wrap=True)

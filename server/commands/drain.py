@@ -3,7 +3,7 @@
 import asyncio
 import json
 from contextlib import ExitStack, aclosing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -11,15 +11,16 @@ from rich.markup import escape
 from server.commands.console import ConfigOption, JsonOption, err, out, tier_names
 from server.config import Config
 from server.config_file import load_config
-from server.control import Account, DrainWanted, ask_to_drain
-from server.engines.drains import Work
 from server.progress import Step, Steps
 from tiers.errors import AssayError, ConfigError
 
+if TYPE_CHECKING:
+    from server.control import Account, DrainWanted
+
 DONE = {
-    Work.RESTART: "its engines were started again.",
-    Work.STOP: "out of service until `assay drain --resume`.",
-    Work.RESUME: "in service again.",
+    "restart": "its engines were started again.",
+    "stop": "out of service until `assay drain --resume`.",
+    "resume": "in service again.",
 }
 
 
@@ -62,6 +63,9 @@ def drain(
 
     Example: assay drain Lite --timeout 3600
     """
+    from server.control import DrainWanted  # an HTTP client, for which no other command need wait
+    from server.engines.drains import Work
+
     if stop and resume:
         raise ConfigError("--stop and --resume contradict each other.")
     work = Work.STOP if stop else Work.RESUME if resume else Work.RESTART
@@ -81,8 +85,10 @@ def drain(
             out.print(f"{escape(account.tier)}: {DONE[work]}", soft_wrap=True)
 
 
-async def _ask(config: Config, wanted: DrainWanted, steps: Steps, over: list[Account]) -> None:
+async def _ask(config: Config, wanted: "DrainWanted", steps: Steps, over: "list[Account]") -> None:
     """Ask, and show how far it is; what came of each tier is added to ``over``."""
+    from server.control import ask_to_drain
+
     shown: str | None = None
     step: Step | None = None
     async with aclosing(ask_to_drain(config, wanted)) as accounts:

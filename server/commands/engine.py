@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from server.commands.console import ConfigOption, err, log_to, out, say_ready, tier_names
-from server.config import choose_tiers
+from server.config import ENGINE_PORT, choose_tiers
 from server.config_file import load_config
 from server.engine_key import VARIABLE
 from server.progress import Steps
@@ -34,7 +34,7 @@ def engine(
     host: Annotated[
         str, typer.Option(help="Listen on this address; one that others can reach needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Listen on this port.")] = 8100,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Listen on this port.")] = ENGINE_PORT,
     build: Annotated[bool, typer.Option(help="Build the checkpoint if it is missing.")] = True,
     print_only: Annotated[
         bool, typer.Option("--print", help="Print vLLM's environment and command line, and start nothing.")

@@ -1,20 +1,20 @@
 """`assay gateway`: the half of `assay serve` that callers meet."""
 
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvloop
 from rich.console import Console
 
-from server.commands.console import ConfigOption, err, log_to, say_ready, welcome
+from server.commands.console import ConfigOption, err, log_to, say_ready
 from server.config import Config
 from server.config_file import load_config
-from server.engines.fleet import Fleet
-from server.keys import Keys
 from server.progress import Steps
 from server.stop import Stop
-from server.worker import Worker
+
+if TYPE_CHECKING:
+    from server.worker import Worker
 
 
 def gateway(
@@ -30,7 +30,8 @@ def gateway(
 
     Example: assay gateway --config deploy/gateway.yaml
     """
-    from server.serve import check_gateway, serve  # a web framework, for which no other command need wait
+    from server.commands.serving import serve_here  # a web framework, for which no other command need wait
+    from server.serve import check_gateway
 
     log_to(err)
     settings = load_config(config, host=host, port=port, workers=workers)
@@ -39,14 +40,7 @@ def gateway(
     if settings.workers > 1:
         uvloop.run(_several(settings))
         return
-    steps = Steps(err)
-
-    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
-        steps.close()
-        welcome(fleet, url, with_keys=keys.required)
-
-    with steps:
-        uvloop.run(serve(settings, steps, announce, build=False))
+    serve_here(settings, build=False)
 
 
 async def _several(config: Config) -> None:
@@ -61,14 +55,10 @@ async def _several(config: Config) -> None:
     await run_workers(partial(_one_of_several, config), config, stop.asked, stop.at_once, announce)
 
 
-def _one_of_several(config: Config, worker: Worker) -> None:
+def _one_of_several(config: Config, worker: "Worker") -> None:
     """What each of them runs."""
     from server.serve import serve
 
     log_to(err, config.log_format)
     steps = Steps(Console(quiet=True))  # those of one would be written as often as there are processes
-
-    def announce(fleet: Fleet, url: str, keys: Keys) -> None:
-        worker.tell_ready()
-
-    uvloop.run(serve(config, steps, announce, build=False, worker=worker))
+    uvloop.run(serve(config, steps, lambda fleet, url, keys: worker.tell_ready(), build=False, worker=worker))

@@ -3,13 +3,13 @@
 The file is its owner's alone to read: it has the engine's key.
 """
 
-import os
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tiers.errors import ConfigError
+from tiers.files import write_whole
 
 
 class Address(BaseModel):
@@ -25,10 +25,7 @@ class Address(BaseModel):
     def write(self, file: Path) -> None:
         """Put it in place of the engine's last one, whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.{os.getpid()}")
-        draft.touch(mode=0o600)
-        draft.write_text(self.model_dump_json())
-        draft.replace(file)
+        write_whole(file, self.model_dump_json().encode(), 0o600)
 
     def take_away(self, file: Path) -> None:
         """Remove it, if no other server of the same home has put its own there."""

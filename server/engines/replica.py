@@ -12,6 +12,7 @@ from server.engines.affinity import Load
 from server.engines.due import FOUND_IN_S, STARTED_IN_S, Due
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted, PrecisionRefused
+from server.engines.patience import Patience
 from server.engines.places import Places
 from server.engines.probation import Probation
 from server.engines.reading_back import read_back
@@ -19,7 +20,7 @@ from server.engines.signs import first_of, until_not
 from server.engines.state import UP, State
 from server.engines.turns import Turns
 from server.engines.upstream import Upstream
-from server.engines.vitals import Finding, Patience, Vitals
+from server.engines.vitals import Finding, Vitals
 from server.errors import Refusal, TierNotVerified, TierUnavailable
 from server.launch.launch import Launch
 from server.metrics import Metrics
@@ -254,8 +255,7 @@ class Replica:
 
     async def is_alive(self) -> bool:
         """Ask the engine now, and take it out of service at once if it is gone, or about to be."""
-        engine = self._engine
-        if self.state not in UP or engine is None:
+        if self.state not in UP or (engine := self._engine) is None:
             return False
         alive = await engine.is_alive()
         if engine is self._engine and not alive:

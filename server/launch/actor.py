@@ -10,13 +10,12 @@ from pathlib import Path
 from server.launch.launch import Launched
 from server.launch.over_nodes import over_nodes_environment
 from server.launch.process import LocalProcess, free_port, tethered
-from tiers.engine import Backend, engine_command
+from tiers.engine import LOOPBACK, Backend, engine_command
 from tiers.errors import AssayError
 from tiers.hardware import Machine
 from tiers.manifest import MANIFEST_NAME
 from tiers.tier import Tier
 
-LOOPBACK = "127.0.0.1"
 REPORT_EVERY_S = 1.0
 
 

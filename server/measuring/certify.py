@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from server.backend import backend_of
 from server.config import Config
 from server.measuring.measure import AT_ONCE, compute_in_fp32, make_pack, score, worst_tokens
 from server.measuring.running import Running, engines_to_measure
-from server.preparation import backend_of
 from server.progress import Steps
 from tiers.catalog import ModelShape
 from tiers.conformance.budget import Budget, judge, overall

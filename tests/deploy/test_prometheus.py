@@ -127,7 +127,7 @@ def test_every_alert_says_what_it_is_and_where_to_read_on(rule: dict[str, Any]) 
 
 def test_the_guide_lists_every_series_as_it_is_defined() -> None:
     kinds = {series.Count: "counter", series.Level: "gauge", series.Spread: "histogram"}
-    for each in series.SERIES:
+    for each in (*series.SERIES, *series.OF_WORKERS):
         name = each.name + "_total" * isinstance(each, series.Count)
         labels = ", ".join(f"`{label}`" for label in each.labels)
         assert f"| `{name}` | {kinds[type(each)]} | {labels} | {each.says} |\n" in GUIDE.read_text(), name

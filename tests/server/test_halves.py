@@ -143,7 +143,7 @@ def config_of(home: Path, *urls: str, **fields: Any) -> Config:
 @asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[Half]:
     """What `assay gateway` does, but for its socket."""
-    fleet, metrics = await prepare(config, None, Steps(), build=False)
+    fleet, metrics = await prepare(config, Steps(), build=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
         app = build_app(config, fleet, Keys(config.keys_file), metrics)
@@ -202,7 +202,7 @@ async def test_a_gateway_without_a_checkpoint_asks_an_engine_what_it_runs(
 async def test_it_waits_for_the_first_engine_and_needs_none_the_next_time(
     config: Config, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    starting = asyncio.create_task(prepare(config, None, Steps(), build=False))
+    starting = asyncio.create_task(prepare(config, Steps(), build=False))
     await asyncio.sleep(0.05)
     assert not starting.done()
     await engine.start()
@@ -221,7 +221,7 @@ async def test_it_waits_for_the_first_engine_and_needs_none_the_next_time(
 async def test_an_engine_that_nobody_ever_starts_is_a_sentence(config: Config) -> None:
     hurried = config.model_copy(update={"start_timeout_s": 0.05})
     with pytest.raises(AssayError, match=r"no engine has answered at http://127.0.0.1:\d+ within .*assay engine"):
-        await prepare(hurried, None, Steps(), build=False)
+        await prepare(hurried, Steps(), build=False)
 
 
 async def test_a_checkpoint_in_home_is_the_truth_and_its_weights_need_not_be_there(
@@ -304,7 +304,7 @@ async def test_an_engine_that_cannot_be_served_from_is_one_sentence(
     other = FakeEngine(engine.folder, engine.port, **wrong)
     await other.start()
     with pytest.raises(AssayError, match=sentence):
-        await prepare(config, None, Steps(), build=False)
+        await prepare(config, Steps(), build=False)
     await other.stop()
 
 
@@ -332,14 +332,14 @@ async def test_a_checkpoint_that_the_config_does_not_name_is_refused(config: Con
     )
     await engine.start()
     with pytest.raises(CheckpointError, match="made from another source"):
-        await prepare(config, None, Steps(), build=False)
+        await prepare(config, Steps(), build=False)
 
 
 async def test_a_config_that_is_not_the_manifests_is_not_believed(config: Config, engine: FakeEngine) -> None:
     await engine.start()
     (engine.checkpoint / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not the one that its manifest speaks of"):
-        await prepare(config, None, Steps(), build=False)
+        await prepare(config, Steps(), build=False)
 
 
 async def test_a_tier_of_which_no_engine_is_even_known_says_so_at_once(
@@ -386,7 +386,7 @@ async def starting(
     monkeypatch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
     checkpoint(config.home)
     config = config.model_copy(update={"drain_grace_s": getattr(request, "param", 0.1), "drain_timeout_s": 5})
-    fleet, metrics = await prepare(config, None, Steps(), build=False)
+    fleet, metrics = await prepare(config, Steps(), build=False)
     stop = Stop()
     with listening_socket("127.0.0.1", 0) as listener:
         keys, port = Keys(config.keys_file), listener.getsockname()[1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from server.commands.console import welcome
+from server.commands.serving import welcome
 from server.config import Config
 from server.engines.fleet import Fleet
 from server.engines.pool import Pool

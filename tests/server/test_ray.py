@@ -19,7 +19,7 @@ from server.engines.failures import EngineNotStarted
 from server.launch.cluster import HEAD_LOST, Cluster, RayConfig
 from server.launch.process import free_port, tethered
 from server.launch.ray import RayLaunch
-from tests.server.test_launch import WAITS, none_remains
+from tests.server.launch.test_launch import WAITS, none_remains
 from tiers.bundles import Bundles
 from tiers.errors import ConfigError
 from tiers.tier import Tier

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import server.scrape
 from server.metrics import Metrics
-from server.scrape import Gathering, gauges_of, tell
+from server.scrape import Processes, gauges_of, tell
 from server.series import ERROR, MODEL, OPERATION, PROVIDER_NAME
 from server.worker import ScrapeFailed, Worker
 from tests.server.conftest import running_gateway
@@ -26,7 +26,7 @@ class Several:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.gathering = Gathering(CollectorRegistry(), gauges_of(Metrics().registry))
+        self.gathering = Processes(CollectorRegistry(), gauges_of(Metrics().registry))
         self.servers: dict[int, asyncio.Server] = {}
 
     async def join(self, process: int) -> Metrics:

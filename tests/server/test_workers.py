@@ -15,15 +15,18 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from server import series
 from server import workers as module
 from server.config import Config
 from server.engines.fleet import Fleet
 from server.keys import KeyFile, Keys
 from server.listener import PortTaken, listening_socket
 from server.progress import Steps
+from server.scrape import CREATED
 from server.serve import serve
-from server.workers import WorkerFailed, run_workers
+from server.workers import WorkerFailed, Workers, run_workers
 from tests.server import one_of_several
 from tests.server.redis_server import redis_server
 from tests.server.test_admission import BODY, bearer
@@ -67,6 +70,12 @@ async def workers(config: Config, keys: Path, limits: str) -> AsyncIterator[Runn
     yield Running(await url, asked, running)
     asked.set()
     await running
+
+
+async def test_all_that_is_said_of_the_processes_themselves_is_in_the_table(tmp_path: Path) -> None:
+    told = await Workers(lambda worker: None, 2, "127.0.0.1", 0, tmp_path)._processes.exposition()
+    names = {family.name for family in text_string_to_metric_families(told.decode())}
+    assert {name for name in names if not name.endswith(CREATED)} == {each.name for each in series.OF_WORKERS}
 
 
 async def test_several_processes_answer_on_one_port_as_one(

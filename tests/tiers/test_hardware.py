@@ -105,12 +105,12 @@ def test_gpus_are_those_that_this_process_was_given(
     assert not nvml.is_open
 
 
-def test_a_gpu_is_known_by_name_and_by_its_fp8_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_known_by_name_and_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Nvml(*THREE))
-    assert [(gpu.name, gpu.has_fp8) for gpu in present_gpus()] == [
-        ("NVIDIA L4", True),
-        ("NVIDIA A100", False),
-        ("NVIDIA H200", True),
+    assert [(gpu.name, gpu.capability) for gpu in present_gpus()] == [
+        ("NVIDIA L4", (8, 9)),
+        ("NVIDIA A100", (8, 0)),
+        ("NVIDIA H200", (9, 0)),
     ]
 
 

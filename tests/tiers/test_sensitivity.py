@@ -23,7 +23,7 @@ from tiers.sensitivity.answers import of_pack
 from tiers.sensitivity.findings import Findings, rows_of, steps_of
 from tiers.sensitivity.pictures import picture
 from tiers.sensitivity.room import bytes_needed, check_room, weights_needed
-from tiers.sensitivity.study import KeptAnswers, Study, write_whole
+from tiers.sensitivity.study import KeptAnswers, Study
 from tiers.sensitivity.units import BYS, FORMATS, By, Format, FormatName, Unit, check, units
 
 FP8 = Format.of("fp8", SMOL)
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_whole_is_measured_again(tmp_path: Path, left: slice)
     study.complete(chosen, counting([]))
     for file in study.folder.glob("*decode*.npz"):
         file.write_bytes(file.read_bytes()[left])
-    (study.folder / "1-feed-forward-decode-x.draft").write_bytes(b"half")
+    (study.folder / ".1-feed-forward-decode-x.npz.0").write_bytes(b"half")
     again: list[str] = []
     study_in(tmp_path).complete(chosen, counting(again))
     assert again == ["1 feed-forward, decode, 1 of 2"]
@@ -187,19 +187,6 @@ def test_an_answer_is_kept_for_its_prompt_alone(tmp_path: Path) -> None:
     assert kept.read("p0", [0]) is None
     assert KeptAnswers(tmp_path, "b", 48).read("p1", [1]) is None
     assert KeptAnswers(tmp_path, "a", 64).read("p1", [1]) is None
-
-
-def test_no_name_stands_for_what_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[str] = []
-
-    def lost(descriptor: int) -> None:
-        kept.extend(file.name for file in tmp_path.iterdir())
-        raise OSError("the power is gone")
-
-    monkeypatch.setattr(os, "fsync", lost)
-    with pytest.raises(OSError, match="the power is gone"):
-        write_whole(tmp_path / "a.npz", b"whole")
-    assert kept == ["a.draft"]
 
 
 def pack_in(folder: Path, tokens: list[int], prompts: Sequence[Prompt]) -> Path:

@@ -18,6 +18,7 @@ from tiers.conformance.findings import LOWER_BOUNDS, Findings, Verdict
 from tiers.conformance.pack import Pack as ReferencePack
 from tiers.conformance.scores import Phase
 from tiers.errors import CertificateError
+from tiers.files import write_whole
 from tiers.manifest import SHORT_DIGEST, Manifest
 from tiers.precision import NumberFormat
 from tiers.tier import TierKind
@@ -218,7 +219,8 @@ class Certificate(_Plain):
 
     def write(self, path: Path) -> None:
         """Put it into a file, for people and machines to read."""
-        path.write_text(self.model_dump_json(by_alias=True, round_trip=True, indent=2) + "\n", encoding="utf-8")
+        text = self.model_dump_json(by_alias=True, round_trip=True, indent=2) + "\n"
+        write_whole(path, text.encode())
 
     @classmethod
     def read(cls, path: Path) -> Self:

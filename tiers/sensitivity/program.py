@@ -24,6 +24,7 @@ from tiers.conformance.extent import QUICK_TOKENS, Asked, Extent
 from tiers.conformance.pack import Answer
 from tiers.conformance.scores import Phase, Scores
 from tiers.errors import AssayError
+from tiers.files import write_whole
 from tiers.manifest import Manifest
 from tiers.ram import free_ram
 from tiers.sensitivity.answers import answered, of_pack, unanswered
@@ -31,7 +32,7 @@ from tiers.sensitivity.findings import Findings, rows_of, steps_of
 from tiers.sensitivity.model import ReferenceModel
 from tiers.sensitivity.pictures import picture
 from tiers.sensitivity.room import bytes_needed, check_room
-from tiers.sensitivity.study import KeptAnswers, Request, Study, write_whole
+from tiers.sensitivity.study import KeptAnswers, Request, Study
 from tiers.sensitivity.units import Format, Unit, units
 
 _CALIBRATION = 32

@@ -5,7 +5,6 @@ Every file is written whole or not at all, and lies in a folder that is named by
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tiers.conformance.pack import Answer
 from tiers.conformance.scores import Phase, Scores
+from tiers.files import write_whole
 from tiers.sensitivity.units import By, Format, FormatName, Unit
 
 VERSION = 1
@@ -148,13 +148,3 @@ class KeptAnswers:
 
 def _mark(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Put it under its name only when all of it is on the disk: after a power cut too it is whole or absent."""
-    draft = file.with_suffix(".draft")
-    with draft.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)

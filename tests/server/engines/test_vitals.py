@@ -14,9 +14,10 @@ from aiohttp import web
 
 import server.engines.vitals
 from server.engines.keeper import keep
+from server.engines.patience import Patience
 from server.engines.state import State
 from server.engines.turns import Turns
-from server.engines.vitals import Finding, Patience, Vitals
+from server.engines.vitals import Finding, Vitals
 from server.launch.process import LocalProcess
 from tests.server.conftest import Gateway
 
