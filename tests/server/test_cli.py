@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import typer.main
 
 import kernels
 import tiers.hardware
 from server.alone import alone
-from server.cli import main
+from server.cli import app, main
 from server.config_file import load_config
 from server.keys import KeyFile
 from server.launch.process import free_port
@@ -88,22 +90,16 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "serve",
-        "gateway",
-        "engine",
-        "plan",
-        "build",
-        "verify",
-        "certify",
-        "tiers",
-        "keys add",
-        "keys list",
-        "keys remove",
-    ],
-)
+def every_command(group: Any, *above: str) -> Iterator[str]:
+    """As they are typed, after `assay`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, *above, name)
+        else:
+            yield " ".join([*above, name])
+
+
+@pytest.mark.parametrize("command", [*every_command(typer.main.get_command(app))])
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(*command.split(), "--help")
     assert code == 0
@@ -646,9 +642,9 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASSAY_ENGINE_KEY", "a-secret-of-ours")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
     checkpoint(tmp_path / ".assay")
     (tmp_path / "c.yaml").write_text(ELSEWHERE)
-    monkeypatch.setattr(sys, "argv", ["assay", "engine", "Reference", "-c", "c.yaml", "--print"])
     code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--host", "::", "--port", "8102", "--print")
     assert code == 0
     assert "a-secret-of-ours" not in out
