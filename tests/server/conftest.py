@@ -124,6 +124,13 @@ class Answer:
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
     @property
+    def error(self) -> dict[str, Any]:
+        """What stands in OpenAI's envelope, which is all that there is."""
+        found: dict[str, Any] = json.loads(self.body)["error"]
+        assert found.keys() == {"message", "type", "param", "code"}
+        return found
+
+    @property
     def ended(self) -> bool:
         return len(self.messages) > 1 and not self.messages[-1].get("more_body")
 
