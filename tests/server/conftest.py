@@ -39,9 +39,8 @@ from server.launch.process import LocalProcess
 from server.metrics import Metrics
 from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
-from tests.tiers.samples import BUDGET
+from tests.tiers.budgets import BUDGET
 from tiers.catalog import ModelShape
-from tiers.conformance import pictures
 from tiers.conformance.budget import Budget
 from tiers.manifest import FileEntry, Manifest
 from tiers.source import EMBEDDED_MODEL
@@ -278,6 +277,13 @@ class BuiltWhenAsked:
         await self._built(scope, receive, send)
 
 
+def app_built_when_asked(*arguments: Any) -> App:
+    """`build_app`, its slow part when somebody asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+        return build_app(*arguments)
+
+
 @asynccontextmanager
 async def running_gateway(
     folder: Path, *, max_waiting: int = 4, scrape: Scrape | None = None, **fields: Any
@@ -293,9 +299,7 @@ async def running_gateway(
     replica = fake_replica(config, metrics)
     pool = Pool(tier, replica.manifest, 2048, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
     fleet = Fleet([pool])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, fleet, Keys(config.keys_file), metrics, scrape)
+    app = app_built_when_asked(config, fleet, Keys(config.keys_file), metrics, scrape)
     made = Gateway(app, replica, metrics, pool=pool, fleet=fleet)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -329,6 +333,8 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have theirs where they are tested; drawing takes half a second a report."""
+    from tiers.conformance import pictures  # which gateways that are processes of their own do without
+
     for name in ("spread", "by_position", "by_prompt"):
         monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
 

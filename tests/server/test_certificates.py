@@ -22,7 +22,8 @@ from server.metrics import Metrics
 from server.standing import Standing, Standings
 from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica
 from tests.server.test_keys import Clock
-from tests.tiers.samples import BUDGET, make_certificate, make_findings, make_measurement
+from tests.tiers.budgets import BUDGET
+from tests.tiers.samples import make_certificate, make_findings, make_measurement
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
 from tiers.conformance.budget import Budget

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import uvicorn
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-import server.app
-from server.app import build_app
 from server.config import Config
 from server.elsewhere import SUFFIX
 from server.engines import replica as replicas
@@ -29,7 +26,7 @@ from server.model_config import ModelConfig, TierConfig
 from server.preparation import prepare
 from server.progress import Steps
 from server.serve import _start_all
-from tests.server.conftest import Answer, BuiltWhenAsked, Gateway
+from tests.server.conftest import Answer, Gateway, app_built_when_asked
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
@@ -138,9 +135,7 @@ def config_of(home: Path, *urls: str, **fields: Any) -> Config:
 async def serving(config: Config) -> AsyncIterator[Half]:
     """What `assay gateway` does, but for its socket."""
     fleet, metrics = await prepare(config, None, Steps(), build=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, fleet, Keys(config.keys_file), metrics)
+    app = app_built_when_asked(config, fleet, Keys(config.keys_file), metrics)
     try:
         await _start_all(fleet, Steps())
         fleet.watch()
