@@ -134,6 +134,7 @@ def test_the_guides_secrets_are_those_that_pods_mount(tmp_path: Path, monkeypatc
         assert Path(written["keys"]).name in made["assay-api-keys"]
 
 
+@pytest.mark.program
 def test_the_guides_own_overlay_replaces_the_images(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
     (heredoc,) = (command for command in guide() if command.startswith("cat "))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import promql_parser
 import pytest
 import yaml
 from aiohttp import web
@@ -59,6 +58,7 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", str(asked.RULES))
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("file", TRIALS, ids=lambda file: file.name)
 def test_every_alert_fires_when_it_should_and_not_otherwise(file: Path) -> None:
     promtool("test", "rules", str(file))
@@ -217,6 +217,7 @@ async def until(url: str, query: str, seconds: float) -> None:
     pytest.fail(f"not within {seconds} s: {query}")
 
 
+@pytest.mark.program
 async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_ask(
     lively: Gateway, tmp_path: Path
 ) -> None:
@@ -244,8 +245,3 @@ async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_as
     silent = {where for where in asked.panel_queries() if not answers[where]}
     engines = {where for where, query in asked.panel_queries().items() if "vllm:" in query}
     assert silent <= engines, "every panel on the gateway has something to show"
-
-
-def test_the_parser_reads_what_prometheus_reads() -> None:
-    for query in asked.every_query().values():
-        promql_parser.parse(query)

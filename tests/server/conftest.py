@@ -1,13 +1,14 @@
 """A gateway in front of a fake engine, for failures that a real one cannot be made to show."""
 
 import asyncio
+import importlib.metadata
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -337,6 +338,14 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("spread", "by_position", "by_prompt"):
         monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _versions_are_known() -> Iterator[None]:
+    """A package's is read from its files, which takes as long as the rest of a gateway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", cache(importlib.metadata.version))
+        yield
 
 
 @pytest.fixture

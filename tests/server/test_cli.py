@@ -159,6 +159,7 @@ def test_too_little_memory_is_found_before_anything_is_started(here: Here, tmp_p
     assert "Checkpoint" not in err
 
 
+@pytest.mark.program
 def test_a_model_folder_that_is_not_there_is_a_sentence(here: Here, tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
     if not python.exists():
@@ -403,6 +404,7 @@ def test_an_operator_that_is_not_there_is_a_sentence(
     assert sentence in " ".join(err.split())
 
 
+@pytest.mark.program
 def test_completion_can_be_installed(tmp_path: Path) -> None:
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run(["bash", "-c", f"{ASSAY} --install-completion; exit $?"], env=environment, check=True)

@@ -69,6 +69,7 @@ async def workers(config: Config, keys: Path, limits: str) -> AsyncIterator[Runn
     await running
 
 
+@pytest.mark.program
 async def test_several_processes_answer_on_one_port_as_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,6 +120,7 @@ async def test_several_processes_answer_on_one_port_as_one(
             assert not any(psutil.pid_exists(pid) for pid in now)
 
 
+@pytest.mark.program
 async def test_what_cannot_begin_is_not_begun_again_and_again(tmp_path: Path) -> None:
     config = Config(home=tmp_path, port=0, workers=1)
     never = asyncio.Event()

@@ -391,6 +391,7 @@ def test_what_was_signed_reads_as_what_was_measured(measured: Measured) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.program
 def test_nothing_draws_before_it_is_asked_to() -> None:
     code = "import sys, tiers.conformance.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
