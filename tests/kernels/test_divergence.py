@@ -149,10 +149,9 @@ def test_figures_are_those_of_float64(case: str, implementation: str) -> None:
     check_against_float64(*ADVERSARIAL[case]())
 
 
-@pytest.mark.parametrize("vocabulary", [49_152, 128_256])
-def test_nearly_equal_distributions_over_a_whole_vocabulary(vocabulary: int, implementation: str) -> None:
-    logits = 4 * noise(1, vocabulary)
-    other = logits + 4.5e-5 * noise(1, vocabulary, seed=1)
+def test_nearly_equal_distributions_over_a_whole_vocabulary(implementation: str) -> None:
+    logits = 4 * noise(1, 128_256)
+    other = logits + 4.5e-5 * noise(1, 128_256, seed=1)
     found, truth = check_against_float64(logits, other), exact(logits, other)
     assert truth["kl"].max() < 2e-9
     torch.testing.assert_close(found.kl.double(), truth["kl"], rtol=0.01, atol=0)

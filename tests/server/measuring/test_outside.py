@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from server.measuring.certify_outside import certify_outside, score, write
 from server.measuring.outside import PublicApi, ServerNotMeasured, read_key, read_url
 from server.progress import Steps
 from tests.server.test_certificates import pool_of
-from tiers.conformance import corpus, statistics
+from tiers.conformance import corpus
 from tiers.conformance.budget import Budget
 from tiers.conformance.certificate import Certificate
 from tiers.conformance.extent import QUICK_TOKENS, Asked, Extent
@@ -42,8 +42,6 @@ from tiers.conformance.signature import Envelope, make_key, read_public_key, ver
 from tiers.errors import AssayError, ConfigError
 
 VOCABULARY, TOP = 60, 20
-RESAMPLES = 500
-"""What intervals are good for is shown elsewhere, of as many as are really drawn."""
 PROMPTS = [prompt for prompt in load_prompts(quick=True) if not prompt.tools][:6]
 MODEL = "SmolLM2-135M-Instruct"
 NAME = "their-name"
@@ -128,11 +126,6 @@ class Theirs:
         return steps
 
 
-@pytest.fixture(autouse=True)
-def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "measure", partial(statistics.measure, resamples=RESAMPLES))
-
-
 @pytest.fixture
 async def theirs() -> AsyncIterator[Theirs]:
     made = Theirs()
@@ -157,7 +150,7 @@ def answered(prompt: list[int], length: int, source: str, seed: int) -> list[int
     return ids[len(prompt) :]
 
 
-def make_pack(folder: Path, *, length: int = 24, model: str = MODEL, prompts: str | None = None) -> Pack:
+def make_pack(folder: Path, *, length: int = 16, model: str = MODEL, prompts: str | None = None) -> Pack:
     """What the reference answers, with what it holds likeliest; no hidden states."""
     answers = []
     for number, prompt in enumerate(PROMPTS):
