@@ -86,9 +86,10 @@ RUN deploy/image/application.sh
 USER 10001:10001
 
 FROM runtime AS cuda
-# Of the driver, what computes and what nvidia-smi asks.
+# Of the driver, what computes and what nvidia-smi asks; and one that PyTorch's libraries run on, or no container starts.
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    NVIDIA_REQUIRE_CUDA="cuda>=13.0"
 USER 0
 # The one image with a compiler: packages.sh says why.
 RUN deploy/image/packages.sh cuda

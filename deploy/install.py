@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -251,6 +252,20 @@ def detect_backend() -> str:
     return "cuda" if answers else "cpu"
 
 
+def check_compiler() -> None:
+    """Triton compiles a launcher in C for each kernel when it first runs it, as no engine on GPUs starts without.
+
+    Raises:
+        InstallError: it could not.
+    """
+    packages = "on Debian and Ubuntu install the packages gcc and python3-dev, on Red Hat gcc and python3-devel."
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as Triton looks for one
+        raise InstallError(f"engines on GPUs do not start without a C compiler: {packages}")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise InstallError(f"engines on GPUs do not start without {header}: {packages}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -281,6 +296,9 @@ def main() -> int:
     if not unfinished:
         return 0
     try:
+        # Before gigabytes are fetched; a stage of an image that only installs has no compiler, and needs none.
+        if backend == "cuda" and both["gateway"] in unfinished and not options.without_source:
+            check_compiler()
         return install_all(unfinished)
     except InstallError as error:
         print(f"assay: {error}", file=sys.stderr)

@@ -8,8 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
-import psutil
-
 from server.alone import alone
 from server.config import Config
 from server.launch.process import LocalProcess
@@ -21,6 +19,7 @@ from tiers.errors import BuildError, CheckpointError
 from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
 from tiers.memory import weights_of
 from tiers.plan import shape_of
+from tiers.ram import free_ram
 from tiers.tier import Tier, TierKind
 
 POLL_S = 1.0
@@ -260,7 +259,7 @@ def _check_memory(tier: Tier) -> None:
     shape = shape_of(tier)
     if shape is None or tier.kind is TierKind.REFERENCE:
         return
-    needed, free = weights_of(shape, tier.reference.recipe).total, psutil.virtual_memory().available
+    needed, free = weights_of(shape, tier.reference.recipe).total, free_ram()
     if needed > free:
         raise BuildError(
             f"{tier.name} is quantized from {needed / 1e9:.1f} GB of BF16 weights, all of it in memory, and "

@@ -162,8 +162,6 @@ async def _accounts(drains: Drains, tier: str, wanted: DrainWanted) -> AsyncGene
     finally:
         drain.give_up()  # which changes nothing once it is over
     problem = drain.task.exception() if not drain.task.cancelled() else AssayError("The server is stopping.")
-    if problem is not None and not isinstance(problem, AssayError):
-        log.error("%s: a mistake of the gateway", tier, exc_info=problem)
     states = [drain.pool.service.shown(replica).value for replica in drain.pool.replicas]
     yield Account(tier=tier, done=problem is None, problem=str(problem) if problem else None, states=states)
 

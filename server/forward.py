@@ -79,7 +79,12 @@ async def forward(errand: Errand, pool: Pool, reply: Reply, listener: Listener, 
             begun, the refusal is still to be sent, as an event.
     """
     return await _at_one_of(
-        pool, errand, reply, metrics, lambda replica, burden: _at(replica, burden, errand, reply, listener)
+        pool,
+        errand,
+        errand.path,
+        reply,
+        metrics,
+        lambda replica, burden: _at(replica, burden, errand, reply, listener),
     )
 
 
@@ -89,18 +94,29 @@ async def count_prompt(errand: Errand, pool: Pool, reply: Reply, metrics: Metric
     Raises:
         Refusal: as `forward`.
     """
-    return await _at_one_of(pool, errand, reply, metrics, lambda replica, _: _count(replica, errand))
+    path = _rendered(errand)
+    return await _at_one_of(pool, errand, path, reply, metrics, lambda replica, _: _count(replica, errand))
+
+
+def _rendered(errand: Errand) -> str:
+    """Where an engine says what it makes of a prompt."""
+    return f"{errand.path}/render"
 
 
 async def _at_one_of(
-    pool: Pool, errand: Errand, reply: Reply, metrics: Metrics, work: Callable[[Replica, Burden], Awaitable[T]]
+    pool: Pool,
+    errand: Errand,
+    path: str,
+    reply: Reply,
+    metrics: Metrics,
+    work: Callable[[Replica, Burden], Awaitable[T]],
 ) -> T:
     tried: list[Replica] = []
     given = 0
     while True:
         replica = pool.pick(errand.work, tried)
         try:
-            with replica.load.take(errand.work) as burden, reply.record.trace.attempt(replica):
+            with replica.load.take(errand.work) as burden, reply.record.trace.attempt(replica, path):
                 return await work(replica, burden)
         except (UpstreamBroke, BrokenOff, EngineBroke) as error:
             if errand.format.form and isinstance(error, AnswerGivenUp):
@@ -161,7 +177,7 @@ async def _ask_briefly(upstream: Upstream, errand: Errand, replica: Replica) -> 
 async def _count(replica: Replica, errand: Errand) -> int:
     async with (
         replica.slot() as upstream,
-        upstream.post(f"{errand.path}/render", errand.body, errand.request_id) as answer,
+        upstream.post(_rendered(errand), errand.body, errand.request_id) as answer,
     ):
         if answer.status != 200:
             await _refuse_like(answer, replica, errand)

@@ -145,7 +145,8 @@ class Course:
         if self._usage is not None:
             operation.used(self._usage)
         if self.streams and reply.status == 200:
-            self._tell_pace(operation, now, self._first_token if code else reply.body_began, code)
+            reply.record.first_token = first_token = self._first_token if code else reply.body_began
+            self._tell_pace(operation, now, first_token, code)
 
     def _tell_pace(self, operation: OperationMeter, now: float, first_token: float | None, code: str) -> None:
         if first_token is None:

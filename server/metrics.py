@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from operator import methodcaller
 from typing import Protocol
 
@@ -30,8 +30,8 @@ class TierStatus(Protocol):
     """What is true of a tier now, as its pool of replicas knows it."""
 
     @property
-    def replicas(self) -> Sequence[object]:
-        """All of them, whatever their state."""
+    def expected(self) -> int:
+        """How many replicas would serve it if all were well; those that leave by themselves would not."""
 
     @property
     def ready(self) -> int:
@@ -150,7 +150,7 @@ class Metrics:
         self.running.labels(tier).set_function(lambda: status.running)
         self.slots.labels(tier).set_function(lambda: status.requests_at_once)
         self.ready.labels(tier).set_function(lambda: status.ready > 0)
-        self.replicas.labels(tier).set_function(lambda: len(status.replicas))
+        self.replicas.labels(tier).set_function(lambda: status.expected)
         self.replicas_ready.labels(tier).set_function(lambda: status.ready)
         self.replicas_drained.labels(tier).set_function(lambda: status.drained)
         self.verified.labels(tier).set_function(lambda: status.is_verified)

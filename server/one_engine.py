@@ -10,7 +10,6 @@ import contextlib
 import ipaddress
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from server.checkpoints import Checkpoints
 from server.config import Config
 from server.engine_key import VARIABLE, engine_key
+from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted
 from server.engines.replica import Replica
 from server.launch.gathering import Gathering, spills_over
@@ -112,11 +112,13 @@ class OneEngine:
             starting = asyncio.create_task(_start(replica, steps))
             if not await stop.unless_asked(starting):
                 return
+            engine = replica.engine
+            await engine.say_ready()
             announce(url_at(self._host, self._port))
             failing = asyncio.create_task(replica.until_it_fails())
             if await stop.unless_asked(failing):
                 raise EngineEnded(replica.name, replica.log_file)
-            await stop.unless_at_once(asyncio.create_task(self._drain(replica)))
+            await stop.unless_at_once(asyncio.create_task(_drain(engine, self._config.drain_timeout_s)))
         finally:
             await replica.stop()
 
@@ -131,7 +133,7 @@ class OneEngine:
             return gathering.plan(self.tier)
         return place((self.tier,), Machine.here(self._backend))[0]
 
-    def _launch(self, gathering: Gathering | None) -> LocalLaunch:
+    def _launch(self, gathering: Gathering | None, *, waits: bool = False) -> LocalLaunch:
         tracing = self._config.tracing
         return LocalLaunch(
             self._backend,
@@ -139,6 +141,7 @@ class OneEngine:
             port=self._port,
             key=self._key,
             finishes_within_s=math.ceil(self._config.drain_timeout_s),
+            waits=waits,
             traces_url=tracing.traces_url if tracing else None,
             over=gathering.over if gathering else None,
         )
@@ -156,7 +159,7 @@ class OneEngine:
             manifest,
             plan.context_length,
             number=self._own_port or 1,
-            launch=self._launch(gathering),
+            launch=self._launch(gathering, waits=True),
             checkpoints=checkpoints,
             logs=self._config.logs,
             metrics=Metrics(),
@@ -165,18 +168,30 @@ class OneEngine:
             address_file=self._config.address_of(self.tier, self._own_port),
         )
 
-    async def _drain(self, replica: Replica) -> None:
-        """Have it take nothing new, and wait for the last byte of what it answers, for a bounded time."""
-        until = time.monotonic() + self._config.drain_timeout_s
-        with contextlib.suppress(EngineNotStarted):  # it has ended by itself
-            if running := await replica.engine.drain():
-                log.warning(
-                    "stopping: %d requests may finish within %.0f s", running, self._config.drain_timeout_s
-                )
-            while (running := await replica.engine.drain()) and time.monotonic() < until:
+
+async def _drain(engine: Engine, timeout_s: float) -> None:
+    """Have it take nothing new, and wait for the last byte of what it answers, for a bounded time.
+
+    One that does not say for a while how many it still answers is busy: it is asked again, as long as it runs.
+    """
+    running: int | None = None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while running != 0 and _runs(engine):
+                try:
+                    now = await engine.drain()
+                    if now and running is None:
+                        log.warning("stopping: %d requests may finish within %.0f s", now, timeout_s)
+                    running = now
+                except EngineNotStarted as error:
+                    log.warning("stopping: %s", error)
                 await asyncio.sleep(POLL_S)
-            if running:
-                log.warning("stopping: %d requests are broken off", running)
+    if running != 0 and _runs(engine):
+        log.warning("stopping: %s requests are broken off", "all" if running is None else running)
+
+
+def _runs(engine: Engine) -> bool:
+    return engine.process is not None and engine.process.exit_code is None
 
 
 async def _start(replica: Replica, steps: Steps) -> None:

@@ -28,6 +28,8 @@ class Record:
     key: str | None = None
     """Whose it is: the name, and never the key."""
     usage: Usage | None = None
+    first_token: float | None = None
+    """When that of a stream was sent; what heartbeats and errors begin has none."""
     code: str | None = None
     """Of the error that it ended with."""
     has_failed: bool = False

@@ -121,7 +121,7 @@ CONNECTIONS_REFUSED = Count(
     "assay_connections_refused", "Connections ended with an error before there was a request.", ("code",)
 )
 READY = Level("assay_tier_ready", "1 while the tier answers: an engine can, and its gate lets it.", "min")
-REPLICAS = Level("assay_replicas", "Engines that serve the tier when all is well.", "max")
+REPLICAS = Level("assay_replicas", "Engines that serve the tier when all is well; not those that leave.", "max")
 REPLICAS_READY = Level("assay_replicas_ready", "Engines of the tier that can answer now.", "min")
 REPLICAS_DRAINED = Level(
     "assay_replicas_drained",

@@ -144,11 +144,13 @@ async def _run(
         ending.push_async_callback(app.close)
         ending.push_async_callback(_stop_gateway, server, gateway)
         ending.push_async_callback(fleet.stop)
+        drains = Drains(fleet, config.drain_timeout_s)
         starting = asyncio.create_task(_start_all(fleet, steps))
         if not await stop.unless_asked(starting):
+            # Tiers that answer already have accepted requests, however long another would still have taken.
+            await _drain(config, app.intake, drains, stop, is_known=any(pool.can_answer for pool in fleet.pools))
             return
         fleet.watch()
-        drains = Drains(fleet, config.drain_timeout_s)
         await ending.enter_async_context(listening_for_operators(config, drains))
         announce(fleet, url_of(listener), keys)
         certifying = asyncio.create_task(certify_in_background(config, fleet.pools))
@@ -218,12 +220,15 @@ async def _start_engines(replicas: Sequence[Replica], steps: Steps) -> None:
         await asyncio.gather(*starts, return_exceptions=True)
 
 
-async def _drain(config: Config, intake: Intake, drains: Drains, stop: Stop) -> None:
-    """Take nothing new after a grace, and let what was accepted come to its end, for a bounded time."""
+async def _drain(config: Config, intake: Intake, drains: Drains, stop: Stop, *, is_known: bool = True) -> None:
+    """Take nothing new after a grace, and let what was accepted come to its end, for a bounded time.
+
+    No grace where no tier has answered yet: then nobody can have sent requests here on purpose.
+    """
 
     async def until_empty() -> None:
         intake.is_ending = True
-        await asyncio.sleep(config.drain_grace_s)
+        await asyncio.sleep(config.drain_grace_s if is_known else 0)
         intake.close()
         if intake.under_way:
             log.warning(

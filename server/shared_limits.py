@@ -10,9 +10,12 @@ and cannot say which window a correction is meant for; and it knows no requests 
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import secrets
+import socket
+import time
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -25,8 +28,9 @@ from redis.exceptions import RedisError
 
 from server.errors import RateExceeded, RetryLater, TooManyAtOnce
 from server.keys import Key
+from server.limit_scripts import ENTER, FORGET, LEAVE, REFRESH, TAKE
 from server.limits import Entry
-from server.rates import WINDOW_S, Charge, Standing
+from server.rates import Charge, Standing
 from tiers.errors import AssayError
 
 log = logging.getLogger("assay.limits")
@@ -38,90 +42,13 @@ LEASE_S = 15.0
 """So long the requests of a gateway that died still count as under way."""
 REFRESH_S = LEASE_S / 3
 """Two may fail."""
+TAKE_BACK_S = 0.2
+GIVEN_UP_S = 4 * LEASE_S
+"""What could not be taken back by then ends by itself, unless Redis stands still for so long and then goes on."""
+GONE_AFTER_S = 15
+"""A connection whose other side has vanished is found out by then, and not by the next request."""
 CONNECTIONS = 32
 """To Redis, which does one thing at a time anyway; more wait for one, within their patience."""
-
-_TIME = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-"""
-
-_WINDOW = (
-    _TIME
-    + f"""
--- A minute that begins with the first request after the last one: when it ends, and what was taken in it.
-local function window(key)
-  local ends = tonumber(redis.call('HGET', key, 'ends'))
-  if ends and ends > now then return ends, tonumber(redis.call('HGET', key, 'taken')) end
-  ends = now + {WINDOW_S * 1000}
-  redis.call('HSET', key, 'ends', ends, 'taken', 0)
-  redis.call('PEXPIREAT', key, ends)
-  return ends, 0
-end
-"""
-)
-
-_ENTER = (
-    _WINDOW
-    + """
--- KEYS: leases, requests. ARGV: most at once or 0, this lease, its ms, requests a minute or 0.
--- Which limit refuses it, how many were taken before it, and the ms until they are there again.
-local at_once, limit, taken, left = tonumber(ARGV[1]), tonumber(ARGV[4]), 0, 0
-if at_once > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-  if redis.call('ZCARD', KEYS[1]) >= at_once then return {'at once', 0, 0} end
-end
-if limit > 0 then
-  local ends
-  ends, taken = window(KEYS[2])
-  left = ends - now
-  if taken >= limit then return {'requests', taken, left} end
-  redis.call('HINCRBY', KEYS[2], 'taken', 1)
-end
-if at_once > 0 then
-  redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], ARGV[3])
-end
-return {'', taken, left}
-"""
-)
-
-_TAKE = (
-    _WINDOW
-    + """
--- KEYS: tokens. ARGV: tokens a minute, tokens.
--- 1 if they are refused, how many were taken before, the ms until they are there again, and when that is.
-local limit, tokens = tonumber(ARGV[1]), tonumber(ARGV[2])
-local ends, taken = window(KEYS[1])
-if taken + math.min(tokens, limit) > limit then return {1, taken, ends - now, ends} end
-redis.call('HINCRBY', KEYS[1], 'taken', tokens)
-return {0, taken, ends - now, ends}
-"""
-)
-
-_LEAVE = (
-    _WINDOW
-    + """
--- KEYS: leases, tokens. ARGV: this lease or nothing, tokens beyond those counted, when the window of these ends.
-if ARGV[1] ~= '' then redis.call('ZREM', KEYS[1], ARGV[1]) end
-local more = tonumber(ARGV[2])
-if more > 0 then
-  window(KEYS[2])
-  redis.call('HINCRBY', KEYS[2], 'taken', more)
-elseif more < 0 and tonumber(redis.call('HGET', KEYS[2], 'ends')) == tonumber(ARGV[3]) then
-  redis.call('HINCRBY', KEYS[2], 'taken', more)
-end
-"""
-)
-
-_REFRESH = (
-    _TIME
-    + """
--- KEYS: leases. ARGV: their ms, and each. Redis may have lost them, so they are set and not only prolonged.
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], now + ARGV[1], ARGV[i]) end
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-"""
-)
 
 
 class LimitsUnreachable(RetryLater):
@@ -147,6 +74,12 @@ class SharedLimits:
         given: dict[str, Any] = {"password": password} if password else {}
         if not url.startswith("unix:"):
             given["socket_keepalive"] = True
+            given["socket_keepalive_options"] = {
+                socket.TCP_KEEPIDLE: GONE_AFTER_S // 3,
+                socket.TCP_KEEPINTVL: GONE_AFTER_S // 3,
+                socket.TCP_KEEPCNT: 2,
+                socket.TCP_USER_TIMEOUT: GONE_AFTER_S * 1000,
+            }
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
@@ -157,14 +90,17 @@ class SharedLimits:
             **given,
         )
         self._redis = Redis.from_pool(pool)
-        self._enter, self._take, self._leave, self._refresh = map(
-            self._redis.register_script, (_ENTER, _TAKE, _LEAVE, _REFRESH)
+        self._enter, self._take, self._leave, self._refresh, self._forget = map(
+            self._redis.register_script, (ENTER, TAKE, LEAVE, REFRESH, FORGET)
         )
         self._name = secrets.token_hex(8)
         self._numbers = count()
         self._leases: dict[str, set[str]] = {}
         """Of the requests that run here, by key."""
+        self._strays: dict[tuple[str, str], float] = {}
+        """Of requests that do not run, by key, which Redis may count all the same, and since when."""
         self._refreshing: asyncio.Task[None] | None = None
+        self._taking_back: asyncio.Task[None] | None = None
         self._is_lost = False
 
     async def enter(self, key: Key) -> Entry:
@@ -173,11 +109,15 @@ class SharedLimits:
         if at_once is None and limit is None:
             return Entry()
         lease = f"{self._name}-{next(self._numbers)}" if at_once is not None else ""
-        refused, taken, left_ms = await self._ask(
-            self._enter,
-            (_leases(key.name), f"assay:{{{key.name}}}:requests"),
-            (at_once or 0, lease, round(LEASE_S * 1000), limit or 0),
-        )
+        try:
+            refused, taken, left_ms = await self._ask(
+                self._enter,
+                (_leases(key.name), f"assay:{{{key.name}}}:requests"),
+                (at_once or 0, lease, round(LEASE_S * 1000), limit or 0),
+            )
+        except (LimitsUnreachable, asyncio.CancelledError):
+            self._take_back(key.name, lease)  # it may have been counted: only its answer did not come
+            raise
         if refused == b"at once":
             assert at_once is not None
             raise TooManyAtOnce(at_once)
@@ -198,7 +138,7 @@ class SharedLimits:
         return standing, Charge(key.name, tokens, ends_ms / 1000)
 
     async def leave(self, key: Key, entry: Entry, charge: Charge | None, tokens: int | None) -> None:
-        """See `Limits`. Without Redis the lease ends by itself, and what was reserved stays taken."""
+        """See `Limits`. Without Redis what was reserved stays taken."""
         more, ends_ms = 0, 0
         if charge is not None and tokens is not None:
             more, ends_ms = tokens - charge.tokens, round(charge.window_ends * 1000)
@@ -207,8 +147,8 @@ class SharedLimits:
         if entry.lease or more:
             try:
                 await self._ask(self._leave, (_leases(key.name), _tokens(key.name)), (entry.lease, more, ends_ms))
-            except LimitsUnreachable:
-                return  # its caller has their answer, and the log has the reason
+            except LimitsUnreachable:  # its caller has their answer, and the log has the reason
+                self._take_back(key.name, entry.lease)
 
     async def check(self) -> None:
         """See `Limits`: sends what enters nobody, so that a Redis which allows no scripts is found too."""
@@ -222,9 +162,10 @@ class SharedLimits:
 
     async def close(self) -> None:
         """End its connections; leases of what still runs end by themselves."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+        tasks = [task for task in (self._refreshing, self._taking_back) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._redis.aclose()
 
     def _keep(self, name: str, lease: str) -> None:
@@ -237,23 +178,45 @@ class SharedLimits:
         if not self._leases[name]:
             del self._leases[name]
 
+    def _take_back(self, name: str, lease: str) -> None:
+        """Have it count for nobody, as soon as Redis answers."""
+        if lease:
+            self._strays[name, lease] = time.monotonic()
+            if self._taking_back is None or self._taking_back.done():
+                self._taking_back = asyncio.create_task(self._keep_taking_back())
+
+    async def _keep_taking_back(self) -> None:
+        while self._strays:
+            await asyncio.sleep(TAKE_BACK_S)
+            given_up = time.monotonic() - GIVEN_UP_S
+            self._strays = {stray: since for stray, since in self._strays.items() if since > given_up}
+            for name in {name for name, _ in self._strays}:
+                leases = [lease for of, lease in self._strays if of == name]
+                try:
+                    await self._ask(self._forget, (_leases(name),), leases)
+                except LimitsUnreachable:
+                    break
+                for lease in leases:
+                    del self._strays[name, lease]
+
     async def _keep_refreshing(self) -> None:
         """Prolong the leases of what runs here, until nothing does."""
         while self._leases:
             await asyncio.sleep(REFRESH_S)
-            try:
-                for name in list(self._leases):
-                    await self._refresh_leases(name)
-            except LimitsUnreachable:
-                continue
+            await asyncio.gather(*(self._refresh_leases(name) for name in list(self._leases)))
 
     async def _refresh_leases(self, name: str) -> None:
+        """Those of one key. What fails is no reason to let those of others end, and is done again soon."""
+        with contextlib.suppress(LimitsUnreachable):
+            await self._refresh_leases_now(name)
+
+    async def _refresh_leases_now(self, name: str) -> None:
         leases = sorted(self._leases.get(name, ()))
         if leases:
             await self._ask(self._refresh, (_leases(name),), (round(LEASE_S * 1000), *leases))
         # On two connections the end of a request may have overtaken this, which then brought its lease back.
-        for lease in set(leases) - self._leases.get(name, set()):
-            await self._ask(self._leave, (_leases(name), _tokens(name)), (lease, 0, 0))
+        if over := set(leases) - self._leases.get(name, set()):
+            await self._ask(self._forget, (_leases(name),), tuple(over))
 
     async def _ask(self, script: Any, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
         """One round trip, and no more than `PATIENCE_S`. Raises LimitsUnreachable."""

@@ -1,7 +1,10 @@
 """What a person or an orchestrator has asked of a command that runs until it is asked to stop."""
 
 import asyncio
+import logging
 import signal
+
+log = logging.getLogger("assay.stop")
 
 
 class Stop:
@@ -37,9 +40,11 @@ class Stop:
         return False
 
     async def unless_at_once(self, work: asyncio.Task[object] | asyncio.Task[None]) -> None:
-        """Wait for ``work``, but no longer once all is to end at once."""
+        """Wait for ``work``, but no longer once all is to end at once; what goes wrong in it keeps nothing up."""
         at_once = asyncio.create_task(self.at_once.wait())
         await asyncio.wait({work, at_once}, return_when=asyncio.FIRST_COMPLETED)
         at_once.cancel()
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
+        if not work.cancelled() and (error := work.exception()):
+            log.error("stopping: a mistake of the gateway", exc_info=error)

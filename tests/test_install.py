@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -144,6 +146,51 @@ def test_a_bad_backend_is_a_sentence() -> None:
     )
     assert refused.returncode == 2
     assert "BACKEND=tpu is neither cpu nor cuda" in refused.stdout + refused.stderr
+
+
+@pytest.fixture
+def begin(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, bool]]:
+    """The installer on a machine that has what lies in a folder: its exit code, and whether it fetches."""
+    fetched: list[Any] = []
+
+    def fetch(unfinished: list[Any]) -> int:
+        fetched.extend(unfinished)
+        return 0
+
+    monkeypatch.setattr(install, "install_all", fetch)
+    monkeypatch.setattr(install.Environment, "is_finished", lambda self: False)
+    monkeypatch.setattr(install.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def main(*arguments: str) -> tuple[int, bool]:
+        fetched.clear()
+        monkeypatch.setattr(sys, "argv", ["install.py", *arguments])
+        return install.main(), bool(fetched)
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("there", "said"), [("gcc", "without /.*/Python.h"), ("Python.h", "without a C compiler")]
+)
+def test_what_triton_needs_is_asked_for_before_anything_is_fetched(
+    begin: Callable[..., tuple[int, bool]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    there: str,
+    said: str,
+) -> None:
+    (tmp_path / there).touch(0o755)
+    assert begin("--backend", "cuda") == (1, False)
+    told = capsys.readouterr().err
+    assert re.search(said, told)
+    assert told.count("\n") == 1
+    for installed in (["cpu"], ["cuda", "--only", "quantize"], ["cuda", "--without-source"]):
+        assert begin("--backend", *installed) == (0, True), "what starts no engine, or not here"
+    for name in ("gcc", "Python.h"):
+        (tmp_path / name).touch(0o755)
+    assert begin("--backend", "cuda") == (0, True)
 
 
 def test_both_builds_are_the_same_release_and_pinned(install: ModuleType) -> None:

@@ -71,6 +71,7 @@ SITE, RULES = (
     f"{GUIDED}s_own_overlay_replaces_the_images",
     "tests/deploy/test_prometheus.py::test_promtool_accepts",
 )
+SECOND = f"{GUIDED}s_second_copy_is_scaled_by_what_is_asked_of_itself"
 IMAGE = "tests/engines/test_5_image.py::test_buildah_builds_the_image_from_the_dockerfile"
 LINTED = "tests/deploy/test_image.py::test_hadolint_has_nothing_to_say"
 COMPOSED = "tests/deploy/test_compose.py::test_it_is_what_the_compose_specification_allows"
@@ -105,6 +106,9 @@ DEPLOYED_BY = {
     'curl -H "authorization': STRANGERS,
     "mkdir -p site": SITE,
     "cat > site": SITE,
+    "mkdir -p next": SECOND,
+    "cat > next": SECOND,
+    "deploy/kubernetes/ended.sh": "tests/deploy/test_kubernetes_jobs.py::test_who_waits_for_a_job_that_fails",
     "kubectl apply": f"{GUIDED}_applies_what_is_rendered",
     "openssl rand": SECRETS,
     "kubectl -n assay create secret": SECRETS,
@@ -134,7 +138,7 @@ DEPLOYED_BY = {
 def commands(text: str) -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     without_files = re.sub(
-        r"^(cat > .*) <<'END'\n.*?^END$", r"\1", "".join(blocks), flags=re.MULTILINE | re.DOTALL
+        r"^(cat > [^\n]*) <<'END'\n.*?^END$", r"\1", "".join(blocks), flags=re.MULTILINE | re.DOTALL
     )
     lines = without_files.replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip()]

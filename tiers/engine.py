@@ -12,7 +12,7 @@ from urllib.parse import quote
 from tiers.errors import ConfigError
 from tiers.hardware import GIB
 from tiers.manifest import MANIFEST_NAME, Manifest, OutdatedManifest
-from tiers.probe.reading import CHECKPOINT, MAY_PLANT
+from tiers.probe.reading import CHECKPOINT, MAY_PLANT, WAITS
 from tiers.tier import Tier
 
 Backend = Literal["cpu", "cuda"]
@@ -83,6 +83,7 @@ def engine_command(
     over_nodes: bool = False,
     finishes_within_s: int = 0,
     takes_faults: bool = False,
+    waits: bool = False,
     traces_url: str | None = None,
 ) -> EngineCommand:
     """The command that serves ``tier`` on one port, to nobody but the holder of ``api_key``.
@@ -96,6 +97,7 @@ def engine_command(
         over_nodes: whether its GPUs are on several nodes, where Ray starts its workers.
         finishes_within_s: how long vLLM itself lets running requests take when it gets SIGTERM.
         takes_faults: whether the engine is there to be broken, for the self-test.
+        waits: whether it is well, for orchestrators, only once it has been told that it is ready.
         traces_url: where it sends its spans of requests that the gateway traces, by OTLP over HTTP.
 
     Raises:
@@ -120,6 +122,9 @@ def engine_command(
         options["kv-cache-dtype"] = "fp8_e4m3"
         if backend == "cuda" and tier.recipe.precision.attention.type == "bf16":
             options["attention-backend"] = "FLASHINFER"  # on Ada the only one that leaves queries in BF16
+    elif backend == "cuda":
+        # vLLM's own choice but on data-centre Blackwell: there it is FlashInfer, which nvcc has to compile.
+        options["attention-backend"] = "FLASH_ATTN"
     if tier.context_length is not None:
         options["max-model-len"] = tier.context_length
     if resources.max_prompt_tokens is not None:
@@ -172,7 +177,7 @@ def engine_command(
             arguments.append(f"--no-{name}")
         else:
             arguments.append(f"--{name}={value}")
-    told = {MAY_PLANT: "1" if takes_faults else "0", CHECKPOINT: _digest(tier.checkpoint)}
+    told = {MAY_PLANT: str(int(takes_faults)), WAITS: str(int(waits)), CHECKPOINT: _digest(tier.checkpoint)}
     if traces_url is not None:
         told |= _tracing(tier)
     return EngineCommand(tuple(arguments), _environment(tier, backend, api_key) | told, port, api_key)
@@ -255,6 +260,11 @@ def vllm_environment(tier: Tier, backend: Backend) -> dict[str, str]:
         environment |= gpu_environment(tier)
         # Where DeepGEMM is there, vLLM rounds block-quantized weights once more, to scales that are powers of two.
         environment["VLLM_USE_DEEP_GEMM_E8M0"] = "0"
+        # FlashInfer compiles these two with nvcc when they are first used, and an engine ends where there is none,
+        # as in our images; all else of FlashInfer's vLLM leaves alone then. Without its sampler an engine draws
+        # by the one that `assay operators` holds to its definition.
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        environment["VLLM_ALLREDUCE_USE_FLASHINFER"] = "0"
     else:
         # vLLM's own binding puts every engine's threads on the same cores, the first ones of a NUMA node.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

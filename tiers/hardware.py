@@ -8,16 +8,20 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import pynvml
 
 from tiers.errors import ConfigError, PlacementError
+from tiers.ram import free_ram
 
 MIB, GIB = 1 << 20, 1 << 30
 FP8_CAPABILITY = (8, 9)
 """The compute capability from which on tensor cores multiply FP8: Ada and Hopper."""
 NODE_GPUS = 8
 """What a node of data-centre cards holds; tensor parallelism stays inside one."""
+NEEDS_CUDA = (13, 0)
+"""What a driver must be for: vLLM 0.32.0 on GPUs wants PyTorch 2.13.0, whose wheels bring that of CUDA 13.0."""
+FIRST_DRIVER = "R580"
+"""With which NVIDIA's drivers are for that."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _INSTRUCTIONS = {"amx_tile": "amx", "avx512f": "avx512"}
 """Flags of a CPU by which vLLM chooses its kernels, the first that it has, and what they are called."""
@@ -92,12 +96,12 @@ class Machine:
         """This machine; ``auto`` is for its GPUs if it has any.
 
         Raises:
-            PlacementError: there is an NVIDIA driver and it does not answer.
+            PlacementError: there is an NVIDIA driver and it does not answer, or is too old.
         """
         gpus = present_gpus() if backend != "cpu" else ()
         if backend == "auto":
             backend = "cuda" if gpus else "cpu"
-        return cls(backend, gpus, ram=psutil.virtual_memory().available)
+        return cls(backend, gpus, ram=free_ram())
 
     @property
     def smallest(self) -> Gpu:
@@ -118,7 +122,7 @@ def present_gpus() -> tuple[Gpu, ...]:
     That is the order of the PCI bus, in which NVML and nvidia-smi count, or the order of CUDA_VISIBLE_DEVICES.
 
     Raises:
-        PlacementError: there is a driver and it does not answer.
+        PlacementError: there is a driver and it does not answer, or is older than vLLM can use.
     """
     try:
         pynvml.nvmlInit()
@@ -127,11 +131,23 @@ def present_gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError as error:
         raise PlacementError(f"The NVIDIA driver does not answer ({error}): does `nvidia-smi` work?") from error
     try:
+        _refuse_old_driver()
         return tuple(_read(handle) for handle in _visible())
     except pynvml.NVMLError as error:
         raise PlacementError(f"A GPU cannot be asked for its memory ({error}): does `nvidia-smi` work?") from error
     finally:
         pynvml.nvmlShutdown()
+
+
+def _refuse_old_driver() -> None:
+    number = int(pynvml.nvmlSystemGetCudaDriverVersion())  # such as 12040
+    version = number // 1000, number % 1000 // 10
+    if version < NEEDS_CUDA:
+        has, needs = (".".join(map(str, each)) for each in (version, NEEDS_CUDA))
+        raise PlacementError(
+            f"The NVIDIA driver is for CUDA {has}, and vLLM on GPUs needs {needs}: install a driver of "
+            f"{FIRST_DRIVER} or newer, or set `backend: cpu` where the build for CPUs is installed."
+        )
 
 
 def _visible() -> Iterator[object]:

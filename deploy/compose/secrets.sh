@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the secrets that compose.yaml names, as far as they are not there: two random ones, and a place for your own.
+# Makes the secrets that compose.yaml names, as far as they are not there: two random ones, and a place for your own, which
+# is written whenever HF_TOKEN says it.
 #
 # usage: deploy/compose/secrets.sh [FOLDER]
 #
@@ -15,13 +16,21 @@ random() {
 }
 
 make() {
-    [ -e "$folder/$1" ] && return
+    [ -e "$folder/$1" ] || write "$1" "$2"
+}
+
+write() {
+    [ ! -e "$folder/$1" ] || chmod 0644 "$folder/$1"
     printf '%s' "$2" >"$folder/$1"
-    chmod 0444 "$folder/$1"
+    chmod 0644 "$folder/$1"
     echo "$folder/$1"
 }
 
 make engine_key "$(random)"
 make grafana_password "$(random)"
 # Of the Hugging Face hub, whose Llama models ask for one; empty for a model from a folder.
-make hf_token "${HF_TOKEN:-}"
+if [ -n "${HF_TOKEN:-}" ]; then
+    write hf_token "$HF_TOKEN"
+else
+    make hf_token ""
+fi

@@ -1,4 +1,4 @@
-"""Writes deploy/prometheus/rules.yml as the PrometheusRule of its operator: one source, in two wrappings.
+"""Writes the rules of deploy/prometheus as PrometheusRules of its operator: one source, in two wrappings.
 
 python deploy/kubernetes/prometheus_rule.py
 """
@@ -8,22 +8,25 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parent / "prometheus" / "rules.yml"
-TARGET = HERE / "prometheus-operator" / "rules.yaml"
-HEAD = "# Made from deploy/prometheus/rules.yml by deploy/kubernetes/prometheus_rule.py.\n"
+SOURCES = HERE.parent / "prometheus"
+TARGETS = HERE / "prometheus-operator"
+FILES = {"rules.yml": ("rules.yaml", "assay"), "kubernetes.yml": ("pods.yaml", "assay-pods")}
+"""By source: what it is written to, and what the PrometheusRule is called."""
 
 
-def wrapped(rules: str) -> str:
-    """The text of rules.yaml for the text of rules.yml."""
-    labels = {"app.kubernetes.io/name": "assay"}
+def wrapped(source: str, rules: str) -> str:
+    """The text of the PrometheusRule for the text of a source."""
+    _, name = FILES[source]
     whole = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": {"name": "assay", "labels": labels},
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "assay"}},
         "spec": {"groups": yaml.safe_load(rules)["groups"]},
     }
-    return HEAD + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
+    head = f"# Made from deploy/prometheus/{source} by deploy/kubernetes/prometheus_rule.py.\n"
+    return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=1000)
 
 
 if __name__ == "__main__":
-    TARGET.write_text(wrapped(SOURCE.read_text()))
+    for source, (target, _) in FILES.items():
+        (TARGETS / target).write_text(wrapped(source, (SOURCES / source).read_text()))

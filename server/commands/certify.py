@@ -138,12 +138,12 @@ def _here(
 ) -> tuple[list["Certificate"], Path]:
     """Of the tiers' own engines; and where the report is."""
     from server.measuring.certify import certify as measure_tiers
-    from server.measuring.certify import write
+    from server.measuring.written import Written
 
     with Steps(err) as steps, alone(settings.packs, OCCUPIED, BuildError):
-        measured = asyncio.run(measure_tiers(settings, chosen, asked, steps))
-        written = write(measured, chosen, settings, key)
-    return [each.certificate for each in measured], written
+        written = Written(settings, chosen, key)
+        measured = asyncio.run(measure_tiers(settings, chosen, asked, steps, written.add))
+    return [each.certificate for each in measured], written.report
 
 
 def _outside(

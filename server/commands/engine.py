@@ -102,6 +102,8 @@ def _follow(log_file: Path, since: float, over: threading.Event) -> None:
     with log_file.open("rb") as file:
         while True:
             ended = over.wait(FOLLOW_S)  # what came before is still to be shown
+            if log_file.stat().st_size < file.tell():
+                file.seek(0)  # somebody has cut it off
             sys.stdout.buffer.write(file.read())
             sys.stdout.buffer.flush()
             if ended:

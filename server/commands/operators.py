@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import groupby
 from typing import Annotated
 
-import psutil
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +25,7 @@ from tiers.errors import ConfigError, OperatorsError
 from tiers.memory import weights_of
 from tiers.operators.findings import Finding
 from tiers.operators.listing import PLANTS, operator_names
+from tiers.ram import free_ram
 from tiers.tier import Tier
 
 OCCUPIED = OperatorsError("Another assay runs the operators in this home: wait for it, or set `home`.")
@@ -113,7 +113,7 @@ def check_memory(tier: Tier) -> None:
         OperatorsError: it does not fit.
     """
     needed = weights_of(ModelShape.read(tier.checkpoint), tier.recipe).total
-    free = psutil.virtual_memory().available
+    free = free_ram()
     if needed > free:
         raise OperatorsError(
             f"Activations of {tier.model} are taken from {needed / 1e9:.1f} GB of weights, all in memory, "

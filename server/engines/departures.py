@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from server.engines.going_on import goes_well
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 
@@ -27,12 +28,12 @@ class Departures:
     """Those under way."""
 
     def __init__(self) -> None:
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[bool]] = set()
 
     def begin(self, remove: Remove, pool: Pool, replica: Replica) -> None:
         """Have it removed; from this moment it leaves, so that nobody chooses it for anything else."""
         replica.leaving = True
-        departure = asyncio.ensure_future(_all_of(remove(pool, replica)))
+        departure = asyncio.create_task(goes_well(replica.name, remove(pool, replica)))
         self._under_way.add(departure)
         departure.add_done_callback(self._under_way.discard)
 
@@ -42,7 +43,3 @@ class Departures:
         for departure in departures:
             departure.cancel()
         await asyncio.gather(*departures, return_exceptions=True)
-
-
-async def _all_of(work: Awaitable[None]) -> None:
-    await work

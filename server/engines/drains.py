@@ -63,6 +63,16 @@ class Drain:
         do = {Work.RESTART: self._restart, Work.STOP: self._stop, Work.RESUME: self._resume}[work]
         self.task = asyncio.create_task(do())
         """Raises NotDrained when the work is not done to its end."""
+        self.task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        """Who asked for it may have left: the log hears of its end in any case."""
+        if task.cancelled() or (problem := task.exception()) is None:
+            return
+        if isinstance(problem, AssayError):
+            log.warning("%s", problem)
+        else:
+            log.error("%s: a mistake of the gateway", self.pool.tier.name, exc_info=problem)
 
     def give_up(self) -> None:
         """Nobody asks for it any more: what is waited for serves on, and what was begun is brought to its end."""

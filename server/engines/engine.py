@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable
 from http import HTTPStatus
@@ -17,13 +18,16 @@ from server.engines.resolution import OnlyThere
 from server.engines.upstream import IDLE_S, Upstream, tls_for
 from server.launch.launch import Launched, Process
 from server.measuring.measurable import ANSWER_TIMEOUT_S, POLL_S, Measurable
+from tiers.errors import AssayError
 from tiers.probe.reading import (
     CHECKPOINT_ROUTE,
     DRAIN_ROUTE,
     DRAINING,
     OWN,
     READING_ROUTE,
+    READY_ROUTE,
     SLEEP_ROUTE,
+    VERIFYING,
     WAKE_ROUTE,
     CheckpointReading,
     EngineReading,
@@ -32,6 +36,8 @@ from tiers.probe.reading import (
 HEALTH_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 3.0
 """For a connection, which the kernel makes however busy an engine is: only a machine that is gone makes none."""
+
+log = logging.getLogger("assay.engine")
 
 _READINGS = TypeAdapter(list[EngineReading])
 _WORK = (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"vllm:kv_cache_usage_perc")
@@ -54,6 +60,7 @@ class Engine(Measurable):
     ) -> None:
         self.name = name
         self.url = url
+        self._key = key
         self.process = process
         self.gives_way = gives_way
         self.drains = False
@@ -72,21 +79,26 @@ class Engine(Measurable):
         )
 
     @classmethod
-    def of(cls, name: str, launched: Launched, checkpoint: str = "", address_file: Path | None = None) -> "Engine":
-        """What was launched; it need not answer yet. Where it will is written down until it ends.
+    def of(cls, name: str, launched: Launched) -> "Engine":
+        """What was launched; it need not answer yet. Whoever holds this has its processes to end."""
+        return cls(name, launched.url, launched.key, launched.process, address=launched.address)
+
+    def write_down(self, checkpoint: str, file: Path) -> None:
+        """Have it be known how it is reached, until it ends.
 
         Args:
-            name: for people.
-            launched: where it will answer, and its processes.
             checkpoint: the digest of the manifest that it is loaded by.
-            address_file: where it is written down how the engine is reached; nowhere by default.
+            file: for whom it is, who measures it.
+
+        Raises:
+            EngineNotStarted: the file cannot be written.
         """
-        engine = cls(name, launched.url, launched.key, launched.process, address=launched.address)
-        if address_file is not None:
-            address = Address(url=launched.url, key=launched.key, checkpoint=checkpoint)
-            address.write(address_file)
-            engine._written_down = (address, address_file)
-        return engine
+        address = Address(url=self.url, key=self._key, checkpoint=checkpoint)
+        try:
+            address.write(file)
+        except OSError as error:
+            raise self._problem(f"how it is reached cannot be written to {file} ({error.strerror})") from error
+        self._written_down = (address, file)
 
     async def until_it_answers(self, say: Callable[[str], None], timeout_s: float) -> str:
         """Wait until the model is loaded; the version of vLLM.
@@ -169,6 +181,14 @@ class Engine(Measurable):
         """
         return int(await self.ask("POST", DRAIN_ROUTE, "being drained", timeout_s=HEALTH_TIMEOUT_S))
 
+    async def say_ready(self) -> None:
+        """Have it be well from now on for orchestrators, which a vLLM of `assay engine` is not before.
+
+        Raises:
+            EngineNotStarted: it is gone.
+        """
+        await self.ask("POST", READY_ROUTE, "being ready", timeout_s=HEALTH_TIMEOUT_S)
+
     async def warm_up(self, model: str) -> None:
         """Two short requests: the first ones pay for memory, kernels and grammars, which no caller should.
 
@@ -213,12 +233,12 @@ class Engine(Measurable):
         await self.ask("POST", WAKE_ROUTE, "being woken")
 
     async def is_alive(self) -> bool:
-        """Ask it now; one that is too busy to answer is alive, and one that drains until it ends."""
+        """Ask it now; one that is too busy to answer is alive, as is one that drains or is verified by others."""
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=REACH_TIMEOUT_S)
             async with self._session.get("/health", timeout=timeout) as answer:
                 self.drains = DRAINING in answer.headers
-                return self.drains or answer.status == HTTPStatus.OK
+                return self.drains or VERIFYING in answer.headers or answer.status == HTTPStatus.OK
         except aiohttp.ConnectionTimeoutError:
             return False
         except TimeoutError:
@@ -230,7 +250,10 @@ class Engine(Measurable):
         """End it; returns when nothing of it is left."""
         if self._written_down is not None:
             address, file = self._written_down
-            address.take_away(file)
+            try:
+                address.take_away(file)
+            except (OSError, AssayError) as error:  # which leaves no engine running
+                log.warning("%s: what says how it was reached stays (%s)", self.name, error)
         self.upstream.close()
         await self._session.close()
         if self.process is not None:
@@ -275,8 +298,8 @@ class Engine(Measurable):
         return text
 
     def _problem(self, what: str) -> EngineNotStarted:
-        log = f"; its log is {self.process.log}" if self.process else ""
-        return EngineNotStarted(f"{self.name}: {what}{log}.")
+        its_log = f"; its log is {self.process.log}" if self.process else ""
+        return EngineNotStarted(f"{self.name}: {what}{its_log}.")
 
 
 def _reason(tail: str) -> str:

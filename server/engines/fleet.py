@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from server.engines.departures import until_idle
 from server.engines.following import Following
-from server.engines.keeper import goes_well, keep
+from server.engines.going_on import goes_well
+from server.engines.keeper import keep
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.scaling import Scaling
@@ -105,5 +106,5 @@ class Fleet:
 
 async def _bring_up(replica: Replica) -> None:
     """Start it, and watch it from then on."""
-    await goes_well(replica, replica.start())
+    await goes_well(replica.name, replica.start())
     await keep(replica)

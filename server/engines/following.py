@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from server.engines.departures import Add, Departures, Remove
+from server.engines.going_on import goes_well
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 from server.engines.resolution import addresses_of
@@ -62,7 +63,7 @@ class Following:
         """Look again and again, for ever."""
         try:
             while True:
-                await self._look(add, remove)
+                await goes_well(self.pool.tier.name, self._look(add, remove))
                 await asyncio.sleep(self._look_s)
         finally:
             await self._departures.close()

@@ -3,11 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 
+from server.engines.going_on import goes_well
 from server.engines.replica import FIRST_BACKOFF_S, Replica
 from server.engines.state import UP, State
-from tiers.errors import AssayError
 
 log = logging.getLogger("assay.replica")
 
@@ -20,27 +19,14 @@ async def keep(replica: Replica) -> None:
     while replica.state is not State.REFUSED:
         if replica.state in UP:
             ready_since = time.monotonic()
-            await goes_well(replica, replica.until_it_fails())
+            await goes_well(replica.name, replica.until_it_fails())
             if time.monotonic() - ready_since > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
-        is_clear = await goes_well(replica, replica.clear_away(backoff))
-        log.warning("%s: the engine ended; trying again in %.0f s", replica.name, backoff)
+        is_clear = await goes_well(replica.name, replica.clear_away(backoff))
+        what = "the engine ended" if replica.failed.is_set() else "no engine has come up"
+        log.warning("%s: %s; trying again in %.0f s", replica.name, what, backoff)
         await asyncio.sleep(backoff)
         backoff = min(backoff * 2, LONGEST_BACKOFF_S)
         # What is left of the last one is not to be lost sight of: first it has to be cleared away.
-        if is_clear and await goes_well(replica, replica.start_again()):
-            log.warning("%s: the engine is back", replica.name)
-
-
-async def goes_well(replica: Replica, step: Awaitable[None]) -> bool:
-    """Whether the step came to its end; what went wrong is said, and not raised."""
-    try:
-        await step
-    except AssayError as error:
-        log.error("%s", error)  # noqa: TRY400  # the sentence says it all
-        return False
-    except Exception:
-        # Whatever it was, the next try may do better; a keeper that ends would leave its tier dead.
-        log.exception("%s: its keeper met something unforeseen", replica.name)
-        return False
-    return True
+        if is_clear and await goes_well(replica.name, replica.start_again()):
+            log.warning("%s: an engine is there", replica.name)

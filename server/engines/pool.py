@@ -66,8 +66,12 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Requests that no engine works on: in the tier's queue, or handed to engines that are full."""
-        return self._waiting() + max(0, self.running - self._max_num_seqs * self.ready)
+        """Requests that no engine works on: in the tier's queue, or handed to engines that are full.
+
+        An engine that leaves has its requests to itself: they are in nobody's way.
+        """
+        beyond = sum(each.running - self._max_num_seqs for each in self.replicas if each.can_answer)
+        return self._waiting() + max(0, beyond)
 
     @property
     def requests_at_once(self) -> int:
@@ -93,6 +97,11 @@ class Pool:
     def running(self) -> int:
         """Requests that the engines work on now, or are woken for."""
         return sum(replica.running for replica in self.replicas)
+
+    @property
+    def expected(self) -> int:
+        """How many replicas would answer if all were well: without those that leave, and are not missed."""
+        return sum(not each.leaving or self.service.has_out(each) for each in self.replicas)
 
     @property
     def drained(self) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from server.checkpoints import Checkpoints
 from server.engines.affinity import Load
+from server.engines.due import FOUND_IN_S, STARTED_IN_S, Due
 from server.engines.engine import Engine
 from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.places import Places
@@ -31,8 +31,6 @@ log = logging.getLogger("assay.replica")
 
 FIRST_BACKOFF_S = 1.0
 """Between the end of an engine that failed and its next start."""
-GUESSED_START_S, FINDS_IT_IN_S = 60.0, 5.0
-"""Of an engine that is started here, and of one that somebody else runs."""
 
 
 class Replica:
@@ -86,12 +84,12 @@ class Replica:
         self._address_file = address_file
         self.turns = turns
         self._engine: Engine | None = None
-        self._failed = asyncio.Event()
+        self.failed = asyncio.Event()
+        """Whether an engine was there, and is no more; not so of one that has not come up."""
         self._places = Places()
         self._vitals = Vitals(patience or Patience())
         self._probation = Probation()
-        self._last_start_s = GUESSED_START_S if checkpoints else FINDS_IT_IN_S
-        self._due = 0.0
+        self._due = Due(STARTED_IN_S if checkpoints else FOUND_IN_S)
         # To be called at each part of an answer that comes from it, and when all of a good one has come.
         self.heard, self.answered = self._vitals.heard, self._vitals.answered
 
@@ -119,8 +117,8 @@ class Replica:
                 await turn.enter_async_context(self.turns.starting(self))
             try:
                 await self._start(say)
-            except Exception as error:
-                # Before the turn is passed on: whoever comes next needs the memory.
+            except BaseException as error:
+                # Before the turn is passed on, also by one that is given up: whoever comes next needs the memory.
                 if isinstance(error, PrecisionRefused):
                     self.state = State.REFUSED
                 await self._end_engine()
@@ -128,31 +126,32 @@ class Replica:
         self.on_ready()
 
     async def _start(self, say: Callable[[str], None]) -> None:
+        self.failed.clear()
         if self.state is not State.RESTARTING:
             self.state = State.STARTING
         elif self._checkpoints is not None:
             await self._checkpoints.verify_again(self.tier, self.manifest)
         self.verified = None
-        began = time.monotonic()
-        self._due = began + self._last_start_s
-        self._failed.clear()
+        self._due.begins()
         self.load.forget()
         launched = await self._launch.begin(self.tier, self.log_file)
-        self._engine = Engine.of(self.name, launched, self.manifest.digest, self._address_file)
-        self.engine_version = await self._engine.until_it_answers(say, self._start_timeout_s)
+        self._engine = engine = Engine.of(self.name, launched)  # before all that may fail: who holds it can end it
+        if self._address_file:
+            engine.write_down(self.manifest.digest, self._address_file)
+        self.engine_version = await engine.until_it_answers(say, self._start_timeout_s)
         say("reading its precision back")
-        await self._read_back(self._engine)
+        await self._read_back(engine)
         say("warm-up request")
         if self.state is State.STARTING:
             self.state = State.WARMING_UP
-        await self._engine.warm_up(self.tier.name)
-        self._last_start_s = time.monotonic() - began
+        await engine.warm_up(self.tier.name)
+        self._due.is_there()
         self._vitals.begin()
         self.state = State.READY
 
     async def start_again(self) -> None:
-        """After it has failed. Raises what `start` does."""
-        if self._checkpoints:  # else it is somebody else's, who may have ended it on purpose, and started another
+        """After it has failed, or not come up. Raises what `start` does."""
+        if self._checkpoints and self.failed.is_set():  # else it is somebody else's, who may have wanted its end
             self.restarts += 1
             self._metrics.restarts.labels(self.tier.name).inc()
         await self.start()
@@ -164,7 +163,7 @@ class Replica:
             EngineNotStarted, PrecisionRefused: as `start`.
         """
         self.state = State.RESTARTING
-        self._due = time.monotonic() + self._last_start_s
+        self._due.starts_after(0)
         self._metrics.planned_restarts.labels(self.tier.name).inc()
         await self._end_engine()
         await self.start()
@@ -251,7 +250,7 @@ class Replica:
         """The refusal to give while the engine is not ready, with an honest guess of when it will be."""
         if self.state is State.REFUSED and self.verified is not None:
             return TierNotVerified(self.tier.name, self.verified.disagreements)
-        return TierUnavailable(self.tier.name, self.state.value, max(1, math.ceil(self._due - time.monotonic())))
+        return TierUnavailable(self.tier.name, self.state.value, self._due.in_s)
 
     async def is_alive(self) -> bool:
         """Ask the engine now, and take it out of service at once if it is gone, or about to be."""
@@ -274,7 +273,7 @@ class Replica:
             return
         log.warning("%s: the engine errs at every request; it rests for %.0f s", self.name, rest_s)
         self._metrics.ejections.labels(self.tier.name).inc()
-        self._due = time.monotonic() + rest_s
+        self._due.after(rest_s)
         self.state = State.SUSPENDED
         self._probation.begin(rest_s, self._let_back)
 
@@ -293,9 +292,9 @@ class Replica:
         """Out of service; the keeper starts it again."""
         if self.state not in UP:
             return
-        self._due = time.monotonic() + FIRST_BACKOFF_S + self._last_start_s
+        self._due.starts_after(FIRST_BACKOFF_S)
         self.state = State.RESTARTING
-        self._failed.set()
+        self.failed.set()
 
     async def _read_back(self, engine: Engine) -> None:
         """Hold what the engine computes against the manifest."""
@@ -310,13 +309,13 @@ class Replica:
         assert engine is not None
         hangs = self._vitals.until_it_hangs(engine, self.tier.name, lambda: self.state is State.READY, self.erred)
         ended = () if engine.process is None else (engine.process.wait(),)
-        await first_of((self._failed.wait(), until_not(self.is_alive), hangs, *ended))
+        await first_of((self.failed.wait(), until_not(self.is_alive), hangs, *ended))
 
     async def clear_away(self, backoff_s: float) -> None:
         """End what is left of an engine that failed; another is to start after so long."""
         self._fail()
         await self._end_engine()
-        self._due = time.monotonic() + backoff_s + self._last_start_s
+        self._due.starts_after(backoff_s)
 
     async def _end_engine(self) -> None:
         # First what is still being answered, which so gets its error event, whatever the engine makes of its end.

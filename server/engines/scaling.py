@@ -12,6 +12,7 @@ from itertools import count
 from typing import NamedTuple, Self
 
 from server.engines.departures import Add, Departures, Remove
+from server.engines.going_on import goes_well
 from server.engines.pool import Pool
 from server.engines.replica import Replica
 
@@ -33,6 +34,8 @@ class Look(NamedTuple):
     """Engines there are, or are to be; without those that leave, and those that an operator has stopped."""
     able: int
     """Those of them that answer."""
+    to_spare: int = 0
+    """Those of them that do not answer, and may leave: the first stays."""
     stopped: int = 0
     """Engines that an operator has stopped, or is about to, and may bring back."""
     is_worked_on: bool = False
@@ -48,6 +51,7 @@ class Look(NamedTuple):
             running=pool.running,
             replicas=len(staying),
             able=sum(replica.can_answer for replica in staying),
+            to_spare=sum(not replica.can_answer for replica in staying[1:]),
             stopped=sum(map(pool.service.has_out, pool.replicas)),
             is_worked_on=pool.service.is_worked_on,
         )
@@ -81,10 +85,11 @@ def next_reason(reason: Reason, look: Look, bounds: Bounds) -> tuple[Reason, int
 
     A reason counts from the first look of an unbroken row that has it, and anew after each change. While a replica
     is still on its way, or back from a failure, no further one is called: it is what those who wait for wait for.
-    An operator's work is not meddled with; what is stopped keeps its place, and the others are kept meanwhile.
+    That keeps none from leaving, or one that never comes would hold all the others. An operator's work is not
+    meddled with; what is stopped keeps its place, and the others are kept meanwhile.
     """
     change = _wanted(look, bounds)
-    if change == 0 or look.is_worked_on or look.able < look.replicas:
+    if change == 0 or look.is_worked_on or (change > 0 and look.able < look.replicas):
         return Reason(0, look.at), 0
     if change != reason.change:
         reason = Reason(change, look.at)
@@ -97,9 +102,9 @@ def next_reason(reason: Reason, look: Look, bounds: Bounds) -> tuple[Reason, int
 def _wanted(look: Look, bounds: Bounds) -> int:
     if look.replicas + look.stopped < bounds.most and look.waiting:
         return 1
-    others = bounds.requests_of_one * (look.replicas - 1)
-    too_many = look.replicas > bounds.fewest and not look.stopped
-    if too_many and not look.waiting and look.running <= bounds.fullness * others:
+    others = look.able if look.to_spare else look.able - 1
+    too_many = look.replicas > bounds.fewest and not look.stopped and others > 0
+    if too_many and not look.waiting and look.running <= bounds.fullness * bounds.requests_of_one * others:
         return -1
     return 0
 
@@ -120,20 +125,23 @@ class Scaling:
         self._another = another
         self._look_s = look_s
         self._departures = Departures()
+        self._reason = Reason()
 
     async def keep(self, add: Add, remove: Remove) -> None:
         """Look again and again, for ever."""
-        reason = Reason()
         try:
             while True:
-                reason, change = next_reason(reason, Look.at_pool(self._pool), self._bounds)
-                if change > 0:
-                    self._more(add)
-                elif change < 0:
-                    self._fewer(remove)
+                await goes_well(self._pool.tier.name, self._look(add, remove))
                 await asyncio.sleep(self._look_s)
         finally:
             await self._departures.close()
+
+    async def _look(self, add: Add, remove: Remove) -> None:
+        self._reason, change = next_reason(self._reason, Look.at_pool(self._pool), self._bounds)
+        if change > 0:
+            self._more(add)
+        elif change < 0:
+            self._fewer(remove)
 
     def _more(self, add: Add) -> None:
         numbers = {replica.number for replica in self._pool.replicas}
@@ -142,7 +150,10 @@ class Scaling:
         add(self._pool, replica)
 
     def _fewer(self, remove: Remove) -> None:
-        """The one that does least, the newest of several such; the first stays, which is the one measured."""
-        replica = min(reversed(_staying(self._pool)[1:]), key=lambda each: each.running)
+        """One that cannot answer, or else the one that does least, the newest of several such.
+
+        The first stays, which is the one measured.
+        """
+        replica = min(reversed(_staying(self._pool)[1:]), key=lambda each: (each.can_answer, each.running))
         log.warning("%s: the others suffice; it ends when its requests have", replica.name)
         self._departures.begin(remove, self._pool, replica)

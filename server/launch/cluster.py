@@ -5,7 +5,8 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,9 @@ from tiers.errors import ConfigError
 from tiers.hardware import Machine
 
 REACH_TIMEOUT_S = 5.0
+HEAD_LOST = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Ray's name for how long a process tries to reach a head that is gone, before it ends itself."""
+FOR_EVER_S = 365 * 24 * 3600
 
 
 class RayConfig(BaseModel):
@@ -73,8 +77,9 @@ class Cluster:
         check_installed()
         # Neither a word to Ray's makers nor a line of its actors' output.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # Not in the main thread: there it would take SIGTERM for itself.
-        return await asyncio.to_thread(_join, settings, backend)
+        with _outliving_its_head():
+            # Not in the main thread: there it would take SIGTERM for itself.
+            return await asyncio.to_thread(_join, settings, backend)
 
     @property
     def gcs_address(self) -> str:
@@ -105,6 +110,23 @@ def check_installed() -> None:
             "Engines on a Ray cluster need the package ray, which is not installed: pip install 'assay[ray]', "
             "here and on every node of the cluster."
         )
+
+
+@contextmanager
+def _outliving_its_head() -> Iterator[None]:
+    """Who joins within the block goes on when the cluster's head is lost.
+
+    After a minute Ray would end this process, in its midst, and with it tiers that have nothing to do with Ray. It
+    reads that from its environment, of which engines are to inherit nothing: theirs is to end with their nodes.
+    """
+    if HEAD_LOST in os.environ:
+        yield
+        return
+    os.environ[HEAD_LOST] = str(FOR_EVER_S)
+    try:
+        yield
+    finally:
+        del os.environ[HEAD_LOST]
 
 
 def _join(settings: RayConfig, backend: Backend) -> Cluster:

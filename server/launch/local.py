@@ -24,6 +24,8 @@ class LocalLaunch:
     key: str | None = field(default=None, repr=False)
     finishes_within_s: int = 0
     """How long vLLM lets running requests take when it is ended by somebody else."""
+    waits: bool = False
+    """Whether orchestrators are to find it well only once it was told that it is ready."""
     traces_url: str | None = None
     """Where it sends its spans of requests that are traced."""
     over: OverNodes | None = None
@@ -44,6 +46,7 @@ class LocalLaunch:
             over_nodes=self.over is not None,
             finishes_within_s=self.finishes_within_s,
             takes_faults=self.takes_faults,
+            waits=self.waits,
             traces_url=self.traces_url,
         )
         if self.over is None:

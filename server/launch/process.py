@@ -52,7 +52,8 @@ class LocalProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists():
             log.replace(log.with_suffix(".previous.log"))
-        with log.open("wb") as output:
+        # Appended to, so that it can be cut off while it is written (logrotate's copytruncate) and leaves no hole.
+        with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *tethered(command),
                 stdin=asyncio.subprocess.PIPE,

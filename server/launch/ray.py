@@ -5,15 +5,18 @@ with one on this machine: a new placement is made then, on whatever nodes there 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from server.engines.failures import EngineNotStarted
 from server.launch.actor import EngineActor, Order, Report
+from server.launch.aside import aside
 from server.launch.cluster import Cluster
 from server.launch.launch import Launched
 from server.launch.process import GRACE_S, TETHER_GRACE_S
@@ -28,6 +31,7 @@ LOST = 137
 """The exit code of an engine whose node is gone: as of one that was killed."""
 UNREACHABLE_S = 20.0
 """How long a node may be out of reach, whose engine answers; one that does not, its replica finds out sooner."""
+GIVE_BACK_S = 5.0
 POLL_S = 0.5
 ASK_AGAIN_S = 1.0
 
@@ -48,7 +52,7 @@ class RayLaunch:
         try:
             actor, launched = await self._started(tier, log, room)
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(room.give_back))
+            await _given_back(room)
             raise
         host = launched.url.rpartition(":")[0]
         process = RayProcess(self.cluster.ray, actor, room, f"{log.absolute()} on {host.rpartition('/')[2]}")
@@ -59,7 +63,7 @@ class RayLaunch:
         errors = self.cluster.ray.exceptions
         try:
             await room.wait(tier, self.cluster.settings.room_timeout_s)
-            actor = await asyncio.to_thread(room.actor)
+            actor = await aside(room.actor)
             launched: Launched = await actor.start.remote(self._order(tier, log, room))
         except AssayError as error:  # the actor's own sentence, to which Ray adds where it was said
             raise EngineNotStarted(str(getattr(error, "cause", error))) from error
@@ -109,9 +113,9 @@ class Room:
         Raises:
             EngineNotStarted: no node had it within the time.
         """
-        await asyncio.to_thread(self._set_aside)
+        await aside(self._set_aside)
         until = time.monotonic() + timeout_s
-        while not await asyncio.to_thread(self._group.wait, POLL_S):
+        while not await aside(partial(self._group.wait, POLL_S)):
             if time.monotonic() > until:
                 raise EngineNotStarted(
                     f"{tier.name}: no node of the Ray cluster has had {self._bundles} free for {timeout_s:.0f} s: "
@@ -166,6 +170,13 @@ class Room:
                 log.warning("room in the Ray cluster could not be given back (%s)", str(error).splitlines()[-1:])
 
 
+async def _given_back(room: Room) -> None:
+    """Have it be given back. A head that is lost is not waited for, for that would take a minute."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GIVE_BACK_S):
+            await aside(room.give_back)
+
+
 class RayProcess:
     """An engine's processes on a node; see `Process`."""
 
@@ -199,7 +210,7 @@ class RayProcess:
                 stopping.exception()  # taken note of: what follows ends it in any case
             stopping.cancel()
         self._following.cancel()
-        await asyncio.to_thread(self._room.give_back)
+        await _given_back(self._room)
 
     def last_line(self) -> str:
         """The last thing it logged, for people who wait."""

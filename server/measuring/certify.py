@@ -6,13 +6,10 @@ Knows the order of things: who answers, who is walked along whose answers, what 
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from server.certificates import Certificates
 from server.config import Config
 from server.measuring.measure import AT_ONCE, compute_in_fp32, make_pack, score, worst_tokens
 from server.measuring.running import Running, engines_to_measure
@@ -24,12 +21,13 @@ from tiers.conformance.certificate import Certificate, Conformance, Hardware, Ve
 from tiers.conformance.certificate import Pack as PackNamed
 from tiers.conformance.extent import Asked, Extent
 from tiers.conformance.findings import Findings, NoiseFloor, Verdict
-from tiers.conformance.pack import Origin, Pack, PackError
-from tiers.conformance.report import Measured, render_report
+from tiers.conformance.pack import PACK_NAME, Origin, Pack, PackError
+from tiers.conformance.report import Measured
+from tiers.conformance.room import check_room
 from tiers.conformance.scores import PHASES, Phase, Scores
-from tiers.conformance.signature import sign as sign_certificate
 from tiers.conformance.statistics import noise_floor, phase_findings
 from tiers.hardware import device_class
+from tiers.ram import free_ram
 from tiers.tier import Tier, TierKind
 
 FEWER_AT_ONCE = AT_ONCE // 3
@@ -38,8 +36,21 @@ FEWER_AT_ONCE = AT_ONCE // 3
 ByPhase = dict[Phase, Scores]
 
 
-async def certify(config: Config, wanted: Sequence[Tier], asked: Asked, steps: Steps) -> list[Measured]:
+Keep = Callable[[Measured], object]
+
+
+async def certify(
+    config: Config, wanted: Sequence[Tier], asked: Asked, steps: Steps, keep: Keep = lambda measured: None
+) -> list[Measured]:
     """Measure and judge the wanted tiers; the reference of each model is measured beside them.
+
+    Args:
+        config: says where their engines and packs are.
+        wanted: the tiers.
+        asked: how much is measured.
+        steps: shown while it runs.
+        keep: given each tier's as soon as there is nothing more to be asked of it: what was measured is not lost
+            when another tier cannot be.
 
     Raises:
         AssayError: a tier cannot be started or measured.
@@ -49,35 +60,8 @@ async def certify(config: Config, wanted: Sequence[Tier], asked: Asked, steps: S
         for model in dict.fromkeys(tier.model for tier in wanted):
             kinds = [tier.kind for tier in wanted if tier.model == model]
             certifier = _Certifier(config, [each for each in engines if each.tier.model == model], asked, steps)
-            measured += await certifier.certify(kinds)
+            measured += await certifier.certify(kinds, keep)
         return measured
-
-
-def write(
-    measured: Sequence[Measured], tiers: Sequence[Tier], config: Config, key: Ed25519PrivateKey | None = None
-) -> Path:
-    """Put each certificate where the gateway finds it, and a report of all of them beside; returns the report.
-
-    Args:
-        measured: in the order of ``tiers``.
-        tiers: whose they are.
-        config: says where.
-        key: to put a signed envelope beside each certificate; without one an earlier envelope is removed.
-
-    Raises:
-        CertificateError: it cannot be written.
-    """
-    kept = Certificates(config.certificates)
-    names = {tier.name: tier for tier in tiers}
-    for each in measured:
-        file = kept.save(names[each.certificate.predicate.tier], each.certificate)
-        envelope = file.with_suffix(".dsse.json")
-        envelope.unlink(missing_ok=True)  # it says of another certificate that it is signed
-        if key is not None:
-            sign_certificate(each.certificate, key).write(envelope)
-    report = config.certificates / "report.html"
-    report.write_text(render_report(measured), encoding="utf-8")
-    return report
 
 
 class _Certifier:
@@ -86,8 +70,8 @@ class _Certifier:
     def __init__(self, config: Config, engines: Sequence[Running], asked: Asked, steps: Steps) -> None:
         self._config = config
         self._engines = {engine.tier.kind: engine for engine in engines}
-        shape = ModelShape.read(self._reference.tier.checkpoint)
-        contexts = [engine.tier.context_length or shape.max_position_embeddings for engine in engines]
+        self._shape = ModelShape.read(self._reference.tier.checkpoint)
+        contexts = [engine.tier.context_length or self._shape.max_position_embeddings for engine in engines]
         self._extent = Extent.of(asked, min(contexts))
         self._steps = steps
         self._pack: Pack | None = None
@@ -97,14 +81,20 @@ class _Certifier:
         self._scores: dict[TierKind, ByPhase] = {}
         self._seconds: dict[TierKind, float] = {}
 
-    async def certify(self, kinds: Sequence[TierKind]) -> list[Measured]:
+    async def certify(self, kinds: Sequence[TierKind], keep: Keep) -> list[Measured]:
         """All of them; of those whose verdict is settled no more is asked."""
         concluded: dict[TierKind, Measured] = {}
         for prompts_so_far in self._extent.stages:
             undecided = [kind for kind in kinds if kind not in concluded or _is_open(concluded[kind])]
-            if undecided:
-                await self._measure(undecided, prompts_so_far)
-                concluded |= {kind: await self._conclude(kind) for kind in undecided}
+            if not undecided:
+                break
+            new = await self._begin(undecided, prompts_so_far)
+            # The Reference last: Transformers takes the longest, and more memory than anything else here.
+            for kind in sorted(undecided, key=lambda kind: kind is TierKind.REFERENCE):
+                await self._measure(kind, new)
+                concluded[kind] = await self._conclude(kind)
+                if prompts_so_far == self._extent.stages[-1] or not _is_open(concluded[kind]):
+                    keep(concluded[kind])
         return [concluded[kind] for kind in kinds]
 
     @property
@@ -115,20 +105,27 @@ class _Certifier:
     def _checkpoint(self) -> Path:
         return self._reference.tier.checkpoint
 
-    async def _measure(self, kinds: Sequence[TierKind], prompts_so_far: int) -> None:
-        """Everything that these tiers need further, in its order."""
+    async def _begin(self, kinds: Sequence[TierKind], prompts_so_far: int) -> range:
+        """What tiers are measured by, the reference's answers and its noise floor; the places of new answers."""
         before = len(self._pack.answers) if self._pack else 0
         self._pack = pack = await self._answered(prompts_so_far, self._pack)
         new = range(before, len(pack.answers))
+        if TierKind.REFERENCE in kinds and not (self._truth_folder(pack) / PACK_NAME).exists():
+            # Now, and not after an hour of measuring.
+            check_room(self._reference.tier.model, self._shape, pack.answers[before:], free_ram())
         await self._measure_noise(pack, new)
-        for kind in kinds:
-            against = pack
-            if kind is TierKind.REFERENCE:
-                self._truth = against = await self._computed_in_fp32(pack, self._truth)
-            began = time.monotonic()
-            scores = await self._walk(self._engines[kind], against, new, self._engines[kind].tier.name)
-            self._scores[kind] = _joined(self._scores.get(kind), scores)
-            self._seconds[kind] = self._seconds.get(kind, 0) + time.monotonic() - began
+        return new
+
+    async def _measure(self, kind: TierKind, new: range) -> None:
+        """What one tier needs further."""
+        against = self._pack
+        assert against is not None
+        if kind is TierKind.REFERENCE:
+            self._truth = against = await self._computed_in_fp32(against, self._truth)
+        began = time.monotonic()
+        scores = await self._walk(self._engines[kind], against, new, self._engines[kind].tier.name)
+        self._scores[kind] = _joined(self._scores.get(kind), scores)
+        self._seconds[kind] = self._seconds.get(kind, 0) + time.monotonic() - began
 
     async def _answered(self, prompts_so_far: int, earlier: Pack | None) -> Pack:
         """The reference's answers, from before if there are any."""
@@ -162,14 +159,17 @@ class _Certifier:
 
     async def _computed_in_fp32(self, pack: Pack, earlier: Pack | None) -> Pack:
         """The same answers as Transformers computes them."""
-        # Sampled answers differ each time the reference gives them, and so does the pack's digest.
-        folder = pack.folder.with_name(f"{pack.folder.name}-fp32-{pack.digest[:12]}")
+        folder = self._truth_folder(pack)
         with self._steps.step("Transformers computes them in FP32") as step:
             try:
                 return Pack.read(folder)
             except PackError:
                 await compute_in_fp32(pack, self._checkpoint, folder, earlier, step.detail)
             return Pack.read(folder)
+
+    def _truth_folder(self, pack: Pack) -> Path:
+        # Sampled answers differ each time the reference gives them, and so does the pack's digest.
+        return pack.folder.with_name(f"{pack.folder.name}-fp32-{pack.digest[:12]}")
 
     async def _measure_noise(self, pack: Pack, new: range) -> None:
         """The reference along its own answers, each prompt's under one of the conditions."""

@@ -4,6 +4,7 @@ Knows engines and what is asked of them; knows no statistics and no verdicts.
 """
 
 import asyncio
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -179,7 +180,7 @@ async def score(
 async def compute_in_fp32(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None, say: Say) -> None:
     """Have Transformers make a pack of the same answers, whose distributions are those that it computes in FP32.
 
-    In a process of its own, for it needs PyTorch and as much memory as the weights in FP32.
+    In a process of its own, for it needs PyTorch, and as much memory as `conformance.room` says.
 
     Args:
         pack: whose answers.
@@ -206,7 +207,13 @@ async def compute_in_fp32(pack: Pack, checkpoint: Path, folder: Path, earlier: P
         errors = asyncio.create_task(process.stderr.read())
         async for line in process.stdout:
             say(line.decode(errors="replace").strip())
-        if await process.wait():
+        code = await process.wait()
+        if code == -signal.SIGKILL:
+            raise BuildError(
+                "Transformers was ended while it computed the reference's answers, by the kernel if memory ran "
+                "out: free some, or raise the container's limit."
+            )
+        if code:
             last = (await errors).decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
             raise BuildError(f"Transformers could not compute the reference's answers: {last[-1][:300]}")
     finally:

@@ -5,12 +5,14 @@ by OpenInference's, which Phoenix reads. Below it one for its wait in the queue,
 worked on it, which the engine's own span continues.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from openinference.semconv.trace import OpenInferenceSpanKindValues
@@ -103,7 +105,6 @@ class Traced:
         self._answer = Answer() if prompts and self._operation else None
         self._waits_since: int | None = None
         self._attempts = 0
-        self._streams = False
         self.header = headers_of(span.get_span_context())
         self.ids: tuple[str, str] | None = ids_of(span.get_span_context())
 
@@ -122,7 +123,6 @@ class Traced:
 
     def asked(self, call: "Call", body: bytes, tier: str) -> None:
         """See `Trace.asked`."""
-        self._streams = call.streams
         if self._operation is None:
             return
         self._span.update_name(f"{self._operation} {tier}")
@@ -158,13 +158,13 @@ class Traced:
         if since is not None and now - since >= WORTH_A_SPAN_NS:
             self._tracer.start_span("queue", context=self._within, start_time=since).end(now)
 
-    def attempt(self, replica: "Replica") -> AbstractContextManager[None]:
+    def attempt(self, replica: "Replica", path: str) -> AbstractContextManager[None]:
         """See `Trace.attempt`."""
-        return self._attempt(replica.name)
+        return self._attempt(replica.name, replica.engine.url, path)
 
     @contextmanager
-    def _attempt(self, replica: str) -> Iterator[None]:
-        attributes: dict[str, Any] = {"http.request.method": "POST", "assay.replica": replica}
+    def _attempt(self, replica: str, engine: str, path: str) -> Iterator[None]:
+        attributes = {"http.request.method": "POST", "assay.replica": replica} | _asked_at(engine, path)
         if self._attempts:
             attributes["http.request.resend_count"] = self._attempts
         self._attempts += 1
@@ -173,6 +173,8 @@ class Traced:
         self._span.set_attribute("assay.replica", replica)
         try:
             yield
+        except asyncio.CancelledError:
+            raise  # its caller has left, or its time is over: no failure of this exchange, and said above it
         except BaseException as error:
             span.set_attribute("error.type", type(error).__name__)  # what it says may be a caller's
             span.set_status(StatusCode.ERROR)
@@ -185,9 +187,12 @@ class Traced:
         self.admitted()  # if it still waits
         record = reply.record
         said = {FROM_HEADERS[name]: value.decode() for name, value in reply.headers if name in FROM_HEADERS}
+        # Conventions call it an error of a server's when it is one of its own, and not when it refuses a caller's.
+        has_failed = record.has_failed or (reply.status or 0) >= 500 or not (reply.status or record.has_left)
         set_all(self._span, said | {
             "http.response.status_code": reply.status,
-            "error.type": record.code,
+            "error.type": record.code if has_failed else None,
+            "assay.error": record.code,
             "assay.request_id": record.request_id,
             "assay.key": record.key,
         })  # fmt: skip
@@ -203,17 +208,24 @@ class Traced:
                     Inference.LLM_TOKEN_COUNT_PROMPT_DETAILS_CACHE_READ: usage.cached,
                 }
             )
-        if self._streams and reply.status == 200 and reply.body_began is not None:
-            self._first_token(reply.body_began - reply.request_began)
+        if record.first_token is not None:
+            self._first_token(record.first_token - reply.request_began)
         if self._answer is not None:
             self._span.set_attributes(self._answer.attributes)
-        if (reply.status or 500) >= 500 or record.has_failed:
+        if has_failed:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
     def _first_token(self, after_s: float) -> None:
         self._span.set_attribute("gen_ai.response.time_to_first_chunk", after_s)
         self._span.add_event("first_token", timestamp=(self._span.start_time or 0) + int(after_s * 1e9))
+
+
+def _asked_at(engine: str, path: str) -> dict[str, Any]:
+    """Where a request to an engine goes, as the conventions for HTTP ask of a client."""
+    url = urlsplit(engine)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    return {"server.address": url.hostname or "", "server.port": port, "url.full": f"{engine.rstrip('/')}{path}"}
 
 
 def begun(method: str, path: str) -> dict[str, str]:

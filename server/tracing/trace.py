@@ -31,8 +31,8 @@ class Trace(Protocol):
     def admitted(self) -> None:
         """It has its place."""
 
-    def attempt(self, replica: "Replica") -> AbstractContextManager[None]:
-        """Within the block this replica works on it."""
+    def attempt(self, replica: "Replica", path: str) -> AbstractContextManager[None]:
+        """Within the block this replica works on it, whose engine is asked at this path."""
 
     def end(self, reply: "Reply") -> None:
         """It is answered, or will not be."""
@@ -56,7 +56,7 @@ class Untraced:
     def admitted(self) -> None:
         pass
 
-    def attempt(self, replica: "Replica") -> AbstractContextManager[None]:
+    def attempt(self, replica: "Replica", path: str) -> AbstractContextManager[None]:
         return _NOTHING
 
     def end(self, reply: "Reply") -> None:

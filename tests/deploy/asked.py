@@ -15,11 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
+"""Everybody's."""
+POD_RULES = DEPLOY / "prometheus" / "kubernetes.yml"
+"""Of clusters, by kube-state-metrics."""
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "assay.json"
-BY_PROMETHEUS = frozenset({"job", "instance"})
-"""Labels that every series gets when it is scraped."""
-_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$tier": ".*"}
-"""Grafana's, and what stands for them here."""
+BY_PROMETHEUS = frozenset({"job", "instance", "namespace"})
+"""Labels that every series gets when it is scraped, the last of them by Prometheus' operator."""
+_VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$tier": ".*", "$namespace": ".*"}
+"""Grafana's, and what stands for them here: what it fills in for all."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def _filled_in(query: str) -> str:
 
 @cache
 def rules() -> list[dict[str, Any]]:
-    groups = yaml.load(RULES.read_text(), yaml.CSafeLoader)["groups"]
+    groups = [
+        group for file in (RULES, POD_RULES) for group in yaml.load(file.read_text(), yaml.CSafeLoader)["groups"]
+    ]
     return [rule for group in groups for rule in group["rules"]]
 
 

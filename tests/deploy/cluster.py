@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ TEMPLATES = {
     "LeaderWorkerSet": ("spec.leaderWorkerTemplate.leaderTemplate", "spec.leaderWorkerTemplate.workerTemplate"),
 }
 """Where the pods of each kind are described."""
+UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 Object = dict[str, Any]
 
@@ -136,6 +138,12 @@ def at(each: Object, path: str) -> Any:
     return found
 
 
+def size_of(quantity: str) -> float:
+    """Bytes of a quantity of memory."""
+    number, unit = re.fullmatch(r"(\d+)([KMGT]i)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * UNITS[unit]
+
+
 @cache
 def rendered(part: str) -> tuple[Object, ...]:
     """The objects of one folder, rendered once for all processes of a test run."""
@@ -169,7 +177,7 @@ def kustomize(folder: Path) -> str:
 def _kept(kubectl: str) -> Path:
     """A folder for these files and this kubectl."""
     digest = hashlib.sha256(f"{kubectl} {Path(kubectl).stat().st_mtime_ns}".encode())
-    for path in sorted(KUBERNETES.rglob("*.yaml")):
+    for path in sorted([*KUBERNETES.rglob("*.yaml"), *(KUBERNETES.parent / "grafana").rglob("*.*")]):
         digest.update(f"{path}\0".encode() + path.read_bytes())
     every = KUBERNETES.parents[1] / ".pytest_cache" / "kubernetes"
     folder = every / digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """The Compose file is what the specification allows, what it names is there, and little of it is open."""
 
 import json
+import os
 import re
 import runpy
 import stat
@@ -25,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "compose"
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+OURS = {
+    name: service for name, service in SERVICES.items() if service["image"].startswith("${ASSAY_IMAGE:-assay}")
+}
+BUILT = {name: service for name, service in SERVICES.items() if "build" in service}
 ENGINES = ("reference", "turbo", "lite")
 JOBS = ("checkpoints",)
 GUIDE = (ROOT / "deploy" / "README.md").read_text()
@@ -60,7 +64,18 @@ def test_every_image_that_is_not_ours_is_pinned() -> None:
     assert all(re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", image) for image in images)
 
 
-@pytest.mark.parametrize("name", OURS)
+def test_each_of_our_images_is_built_once() -> None:
+    """`docker compose build` builds all services at once, and the second to name its result finds that taken."""
+    images = [each["image"] for each in BUILT.values()]
+    assert sorted(images) == sorted({each["image"] for each in OURS.values()})
+    # Whoever builds what a profile runs, and no more, has all of it.
+    for profile in ("cpu", "gpu"):
+        assert {each["image"] for name, each in running(profile).items() if name in OURS} <= {
+            each["image"] for name, each in running(profile).items() if name in BUILT
+        }
+
+
+@pytest.mark.parametrize("name", BUILT)
 def test_ours_are_targets_of_the_dockerfile_under_their_names(name: str) -> None:
     build, image = OURS[name]["build"], without_variables(OURS[name]["image"])
     assert (FOLDER / build["context"]).resolve() == ROOT
@@ -73,6 +88,7 @@ def test_ours_are_targets_of_the_dockerfile_under_their_names(name: str) -> None
 def test_a_container_can_write_to_its_volumes_only_and_has_no_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"], "where the sockets of an engine's processes are"
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert "privileged" not in service
@@ -170,6 +186,15 @@ def test_the_guides_container_may_finish_its_requests_too() -> None:
     assert int(waits) >= drains_for(Config())
 
 
+def test_the_guides_containers_with_engines_have_room_for_what_their_processes_share() -> None:
+    """vLLM's message queues on CPUs: ten pieces of 16 MiB one way, and ten of 24 MiB back."""
+    started = re.findall(r"^docker run .* assay\S*:\S+ (?:serve|engine)\b.*", GUIDE, flags=re.MULTILINE)
+    assert started
+    for line in started:
+        (size,) = re.findall(r"--shm-size (\d+)g", line)
+        assert int(size) << 30 > len(ENGINES) * (240 << 20), "three engines in one container"
+
+
 def test_the_guides_images_are_those_that_compose_and_kubernetes_run() -> None:
     tagged = set(re.findall(r"^docker build .*--tag (\S+)", GUIDE, flags=re.MULTILINE))
     ours = {without_variables(each["image"]) for each in OURS.values()}
@@ -241,18 +266,38 @@ def test_what_is_mounted_from_here_is_here(name: str) -> None:
     assert all((FOLDER / COMPOSE["configs"][each]["file"]).exists() for each in configs)
 
 
+def made_in(folder: Path, hub: str = "") -> str:
+    """What `secrets.sh` says that it has written."""
+    environment = os.environ | {"HF_TOKEN": hub}
+    command = [FOLDER / "secrets.sh", folder]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def test_secrets_are_made_once_and_nobody_else_gets_into_their_folder(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
-    made = subprocess.run([FOLDER / "secrets.sh", folder], capture_output=True, text=True, check=True).stdout
+    made = made_in(folder)
     names = {Path(each["file"]).name for each in COMPOSE["secrets"].values()}
     assert {Path(line).name for line in made.splitlines()} == names == {file.name for file in folder.iterdir()}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     key = (folder / "engine_key").read_text()
     assert re.fullmatch(r"[0-9a-f]{64}", key)
     assert key != (folder / "grafana_password").read_text()
-    again = subprocess.run([FOLDER / "secrets.sh", folder], capture_output=True, text=True, check=True).stdout
-    assert again == ""
+    assert made_in(folder) == ""
     assert (folder / "engine_key").read_text() == key
+
+
+def test_the_hubs_token_can_come_later_and_be_another(tmp_path: Path) -> None:
+    folder, token = tmp_path, tmp_path / "hf_token"
+    made_in(folder)
+    assert token.read_text() == ""
+    token.chmod(0o444)  # as it was made once
+    assert made_in(folder, "hf_first") == f"{token}\n"
+    assert token.read_text() == "hf_first"
+    made_in(folder, "hf_second")
+    assert made_in(folder) == "", "who does not say it keeps what is there"
+    assert token.read_text() == "hf_second"
+    for file in folder.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644, "its owner may edit it, and containers read it"
 
 
 def test_secrets_are_kept_out_of_the_image_and_of_git() -> None:

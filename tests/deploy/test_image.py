@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.programs import program
+from tiers.hardware import FIRST_DRIVER, NEEDS_CUDA
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -100,6 +101,15 @@ def test_only_cuda_has_a_compiler() -> None:
         if "packages.sh cuda" in line:
             assert stage == "cuda"
     assert "deploy/image/packages.sh cuda" in instructions("RUN")
+
+
+def test_an_image_for_gpus_starts_on_no_driver_that_its_engines_would_not() -> None:
+    needs = f"cuda>={'.'.join(map(str, NEEDS_CUDA))}"
+    (said,) = re.findall(r'NVIDIA_REQUIRE_CUDA="([^"]*)"', DOCKERFILE)
+    assert said == needs
+    cuda = DOCKERFILE.partition("FROM runtime AS cuda")[2].partition("\nFROM ")[0]
+    assert needs in cuda
+    assert f"of {FIRST_DRIVER} or newer" in (ROOT / "deploy" / "README.md").read_text()
 
 
 @ROOT_ONLY

@@ -55,7 +55,7 @@ async def lively(tmp_path: Path) -> AsyncIterator[Gateway]:
 
 
 def test_promtool_accepts_the_rules() -> None:
-    promtool("check", "rules", str(asked.RULES))
+    promtool("check", "rules", str(asked.RULES), str(asked.POD_RULES))
 
 
 @pytest.mark.program
@@ -67,8 +67,9 @@ def test_every_alert_fires_when_it_should_and_not_otherwise(file: Path) -> None:
 def test_every_alert_is_tried_both_ways() -> None:
     tests = [test for file in TRIALS for test in yaml.safe_load(file.read_text())["tests"]]
     cases = [case for test in tests for case in test.get("alert_rule_test", ())]
-    fired = {case["alertname"] for case in cases if case["exp_alerts"]}
-    assert fired == {rule["alert"] for rule in ALERTS}
+    alerts = {rule["alert"] for rule in ALERTS}
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == alerts, "seen to fire"
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts, "seen to be silent"
 
 
 def test_promtool_accepts_what_is_scraped(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_the_rules_know_the_jobs_by_the_names_that_they_are_scraped_under() -> N
     monitors = [each for each in rendered("prometheus-operator") if each["kind"] == "ServiceMonitor"]
     endpoints = [endpoint for each in monitors for endpoint in each["spec"]["endpoints"]]
     relabelled = [
-        [one["replacement"] for one in each.get("relabelings", ()) if one["targetLabel"] == "job"]
+        [one["replacement"] for one in each.get("relabelings", ()) if one.get("targetLabel") == "job"]
         for each in endpoints
     ]
     assert sorted(relabelled) == sorted([job] for job in named), "where its operator does"
@@ -169,11 +170,11 @@ async def test_a_series_or_a_label_that_is_not_there_is_found(lively: Gateway) -
 
 
 @contextmanager
-def prometheus(folder: Path, gateway: str) -> Iterator[str]:
-    """Debian's, with our configuration, but that it scrapes this one gateway every half second."""
+def prometheus(folder: Path, *jobs: dict[str, Any]) -> Iterator[str]:
+    """Debian's, with our configuration, but that it scrapes these every half second."""
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] |= {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-    config["scrape_configs"] = [{"job_name": "assay-gateway", "static_configs": [{"targets": [gateway]}]}]
+    config["scrape_configs"] = list(jobs)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     rules = yaml.safe_load(asked.RULES.read_text())
     for group in rules["groups"]:
@@ -217,6 +218,24 @@ async def until(url: str, query: str, seconds: float) -> None:
     pytest.fail(f"not within {seconds} s: {query}")
 
 
+def as_prometheus_says(relabelling: dict[str, Any]) -> dict[str, Any]:
+    """What the operator makes of one of a ServiceMonitor's."""
+    return {re.sub(r"[A-Z]", lambda found: f"_{found[0].lower()}", name): of for name, of in relabelling.items()}
+
+
+def engines_on_kubernetes() -> dict[str, Any]:
+    """What the operator makes of the engines' ServiceMonitor where a pod is ready, at port 1, and one loads."""
+    monitors = [each for each in rendered("prometheus-operator") if each["kind"] == "ServiceMonitor"]
+    (monitor,) = (each for each in monitors if each["metadata"]["name"] == "assay-engine")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    told = "__meta_kubernetes_pod_ready"
+    pods = [
+        {"targets": [f"127.0.0.1:{port}"], "labels": {told: ready}} for port, ready in ((1, "true"), (2, "false"))
+    ]
+    relabellings = [as_prometheus_says(each) for each in endpoint["relabelings"]]
+    return {"job_name": "of the operator", "static_configs": pods, "relabel_configs": relabellings}
+
+
 @pytest.mark.program
 async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_ask(
     lively: Gateway, tmp_path: Path
@@ -230,7 +249,8 @@ async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_as
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]
-    with prometheus(tmp_path, f"{host}:{port}") as url:
+    gateway = {"job_name": "assay-gateway", "static_configs": [{"targets": [f"{host}:{port}"]}]}
+    with prometheus(tmp_path, gateway, engines_on_kubernetes()) as url:
         await until(url, "gen_ai_client_token_usage_sum > 0", 20)
         await lively.post(STREAM)
         lively.replica.state = State.RESTARTING
@@ -239,9 +259,11 @@ async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_as
         answers = {}
         for where, query in asked.every_query().items():
             answers[where] = await asyncio.to_thread(ask, url, query)
+        engines = await asyncio.to_thread(ask, url, 'up{job="assay-engine"}')
     await runner.cleanup()
     for where, labels in asked.legends().items():
-        assert all(labels <= set(each["metric"]) for each in answers[where]), where
+        assert all(labels - {"namespace"} <= set(each["metric"]) for each in answers[where]), where
     silent = {where for where in asked.panel_queries() if not answers[where]}
-    engines = {where for where, query in asked.panel_queries().items() if "vllm:" in query}
-    assert silent <= engines, "every panel on the gateway has something to show"
+    of_engines = {where for where, query in asked.panel_queries().items() if "vllm:" in query}
+    assert silent <= of_engines, "every panel on the gateway has something to show"
+    assert [each["metric"]["instance"] for each in engines] == ["127.0.0.1:1"], "nor is one asked that loads"

@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,9 @@ from server.launch.process import GRACE_S, TETHER_GRACE_S
 from tests.programs import program
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
+GUIDE = (FOLDER.parent / "README.md").read_text()
 UNITS = ("assay.service", "assay-engine@.service", "assay-gateway.service")
+DEVICES = "assay-nvidia.service"
 WITH_ENGINES = UNITS[:2]
 MOST_EXPOSED = 20
 """Of 100, by systemd's own count; an ordinary service has 96."""
@@ -37,15 +40,20 @@ def unit(request: pytest.FixtureRequest) -> Unit:
 
 def test_systemd_takes_them_without_a_word(tmp_path: Path) -> None:
     analyze = program("systemd-analyze")
-    for needed in ("opt/assay/.venv/bin/assay", "bin/sh", "usr/bin/nvidia-modprobe"):
+    for needed in ("opt/assay/.venv/bin/assay", "bin/sh", "usr/bin/nvidia-modprobe", "usr/bin/nvidia-smi"):
         (tmp_path / needed).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / needed).touch(0o755)
     units = tmp_path / "etc" / "systemd" / "system"
     units.mkdir(parents=True)
-    for name in UNITS:
+    for name in (*UNITS, DEVICES):
         (units / name).write_text((FOLDER / name).read_text())
+    ((place, drop_in),) = re.findall(
+        r"^```ini\n# /etc/systemd/system/(\S+)\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL
+    )
+    (units / place).parent.mkdir()
+    (units / place).write_text(drop_in)
     shutil.copytree("/usr/lib/systemd/system", tmp_path / "usr/lib/systemd/system", symlinks=True)
-    names = [name.replace("@", "@Turbo") for name in UNITS]
+    names = [name.replace("@", "@Turbo") for name in (*UNITS, DEVICES)]
     checked = subprocess.run(
         [analyze, "verify", f"--root={tmp_path}", *names], capture_output=True, text=True, check=False
     )
@@ -95,6 +103,37 @@ def test_engines_reach_gpus_and_no_other_device(name: str) -> None:
     assert service["DevicePolicy"] == "closed"
     assert service["DeviceAllow"] == "char-nvidia* rw"
     assert "PrivateDevices" not in service
+
+
+@pytest.mark.parametrize("name", WITH_ENGINES)
+def test_devices_are_made_by_a_unit_that_may_before_the_one_that_may_not(name: str) -> None:
+    unit = Unit(name)
+    # With a closed policy neither its first process nor any before that makes one, whatever its privileges.
+    assert "ExecStartPre" not in unit["Service"]
+    assert DEVICES in unit["Unit"]["Wants"].split()
+    assert DEVICES in unit["Unit"]["After"].split()
+    maker = Unit(DEVICES)
+    assert maker["Service"]["Type"] == "oneshot"
+    assert not {"DevicePolicy", "DeviceAllow", "PrivateDevices", "User"} & set(maker["Service"])
+    assert maker["Unit"]["ConditionPathExists"] == "/usr/bin/nvidia-modprobe", "not every machine has a driver"
+
+
+@pytest.mark.parametrize("name", WITH_ENGINES)
+def test_an_engine_that_memory_runs_out_for_takes_nobody_with_it(name: str) -> None:
+    assert Unit(name)["Service"]["OOMPolicy"] == "continue"
+
+
+def test_the_guide_installs_every_unit() -> None:
+    (line,) = re.findall(r"^install -m 0644 (.*) /etc/systemd/system/$", GUIDE, flags=re.MULTILINE)
+    assert {Path(path).name for path in line.split()} == {*UNITS, DEVICES}
+    assert all((FOLDER.parents[1] / path).is_file() for path in line.split())
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_line_that_an_older_systemd_does_not_understand_says_nothing_else(name: str) -> None:
+    """It leaves out a whole line for a specifier that it does not know, such as %d before 250."""
+    lines = (FOLDER / name).read_text().splitlines()
+    assert [line for line in lines if "%d" in line and line != "Environment=HF_TOKEN_PATH=%d/hf_token"] == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Needs vLLM, not a running engine; it is imported within the tests, for it takes seconds.
 """
 
+import secrets
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from server.config import Config
+from server.launch.process import free_port
+from server.launch.tether import _sockets
+from tiers.engine import engine_command
 from tiers.precision import NumberFormat
 from tiers.probe.reading import LayerReading
 
@@ -143,3 +148,18 @@ def test_what_compares_is_compiled_before_there_are_callers_if_it_can_be(monkeyp
     with pytest.raises(Loaded):
         worker.assay_reading()
     assert compiled == ["cpu"]
+
+
+def test_an_engine_that_is_started_again_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key, its port and the folder of its sockets are others: nothing that a certificate would be void by."""
+    from tiers.probe.worker import _environment_hash
+
+    def told(**further: str) -> str:
+        command = engine_command(Config().tiers[0], "cpu", free_port(), secrets.token_hex())
+        with monkeypatch.context() as patch, _sockets() as sockets:
+            for name, value in (command.environment | sockets | further).items():
+                patch.setenv(name, value)
+            return _environment_hash()
+
+    assert told() == told()
+    assert told() != told(VLLM_CPU_INT4_W4A8="1")

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import transformers
@@ -208,11 +207,11 @@ def test_what_is_refused_is_so_before_the_model_is_loaded(
 def test_a_model_for_which_there_is_no_memory_is_not_loaded(
     told: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 28))
+    monkeypatch.setattr(program, "free_ram", lambda: 1 << 28)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (event,) = told(QUESTION)
     assert "and 0.2 GiB are free: free memory" in event["text"]
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 36))
+    monkeypatch.setattr(program, "free_ram", lambda: 1 << 36)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 29, 1 << 36))
     (event,) = told(QUESTION)

@@ -243,7 +243,7 @@ def test_seeded_prompts_that_are_read_in_pieces_end_no_engine(assay: Server) -> 
         return answer.usage.prompt_tokens
 
     process = assay.engine("Reference")[0]
-    with ThreadPoolExecutor(8) as pool:
-        lengths = list(pool.map(ask, range(8)))
+    with ThreadPoolExecutor(4) as pool:
+        lengths = list(pool.map(ask, range(4)))
     assert sum(lengths) > 2 * 2048
     assert assay.engine("Reference")[0] == process, "it is the engine of before"

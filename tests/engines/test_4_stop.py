@@ -16,7 +16,7 @@ from tests.engines.conftest import LLAMA, MODEL, Server
 
 MESSAGES: Any = [{"role": "user", "content": "Count from one to one hundred in words."}]
 STREAMS = 50
-TOKENS = 64
+TOKENS = 32
 """Of each: together so many that the command begins in the middle of them."""
 TIER = f"{LLAMA}-Lite"
 

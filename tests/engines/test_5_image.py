@@ -18,7 +18,7 @@ import pytest
 
 from server.launch.process import free_port
 from tests import debian
-from tests.engines.conftest import CHECKPOINTS, MODEL
+from tests.engines.conftest import CHECKPOINTS, MODEL, is_needed
 from tests.programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,13 @@ COMPILERS = ("gcc", "cc", "g++", "c++", "clang", "ld")
 PIP_SETTINGS = Path("/etc/pip.conf")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, as an image's build does")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _others_start(request: pytest.FixtureRequest) -> None:
+    """What is made here takes one core; engines of the tests that follow start on the other."""
+    if is_needed(request, "forged_under_way"):
+        request.getfixturevalue("forged_under_way")
 
 
 @pytest.fixture

@@ -300,13 +300,15 @@ def test_who_reads_slowly_does_not_keep_others_waiting(limited: Limited) -> None
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
-def test_the_engines_log_calls_a_request_by_the_name_the_caller_knows(limited: Limited, path: str) -> None:
-    asked = asking(path, "One") | {"max_output_tokens" if path == "/v1/responses" else "max_tokens": 4}
+def test_the_engines_log_calls_a_refused_request_by_the_name_the_caller_knows(limited: Limited, path: str) -> None:
+    asked = asking(path, "One") | {"structured_outputs": {"grammar": "no ::= such"}}  # which the engine refuses
     answer = httpx.post(f"{limited.url}{path}", json=asked, headers=limited.headers_of("ann"), timeout=60)
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == 400, answer.text
     name = answer.headers["x-request-id"]
     log = ROOT / ".assay" / "logs" / f"{MODEL.lower()}-reference.log"
-    wait_until(lambda: name in log.read_text(), 5, "the engine has written it down")
+    wait_until(
+        lambda: f"request {name!r}: POST {path}: 400" in log.read_text(), 5, "the engine has written it down"
+    )
 
 
 def test_every_log_line_is_free_of_what_callers_wrote(limited: Limited) -> None:

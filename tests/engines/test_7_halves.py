@@ -154,7 +154,8 @@ def test_a_gateway_without_weights_serves_what_an_engine_elsewhere_was_seen_to_c
 
 
 def test_an_engine_tells_strangers_that_it_is_well_and_nothing_else(halves: Halves, gateway: Server) -> None:
-    assert halves.asked("/health") == (200, "")
+    # Its gateway has verified it, and its own command does at the same time.
+    wait_until(lambda: halves.asked("/health") == (200, ""), 60, "it is well")
     assert halves.asked("/metrics")[0] == halves.asked("/v1/models")[0] == 401
     status, metrics = halves.asked("/metrics", KEY)
     assert status == 200

@@ -3,7 +3,6 @@
 import asyncio
 import importlib.metadata
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -76,7 +75,7 @@ class FakeEngineReplica(Replica):
 
     def due_in(self, seconds: float) -> None:
         """When it says that it will be back."""
-        self._due = time.monotonic() + seconds
+        self._due.after(seconds)
 
     @asynccontextmanager
     async def works_on(self, requests: int) -> AsyncIterator[None]:
@@ -278,10 +277,15 @@ class BuiltWhenAsked:
         await self._built(scope, receive, send)
 
 
+def build_when_asked(patch: pytest.MonkeyPatch) -> None:
+    """Have `build_app` leave its slow part until somebody asks for it."""
+    patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+
+
 def app_built_when_asked(*arguments: Any) -> App:
-    """`build_app`, its slow part when somebody asks for it."""
+    """`build_app` so, once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+        build_when_asked(patch)
         return build_app(*arguments)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import typer.main
 
@@ -255,7 +254,7 @@ def test_a_plan_of_tiers_on_ray_is_over_as_many_nodes_as_are_given(here: Here) -
 
 def test_without_gpus_a_plan_is_for_this_machines_memory(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers.hardware, "present_gpus", tuple)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     code, out, _ = here("plan")
     assert code == 0
     assert "CPU, 16.0 GiB of memory free" in out
@@ -644,7 +643,7 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASSAY_ENGINE_KEY", "a-secret-of-ours")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path / ".assay")
     (tmp_path / "c.yaml").write_text(ELSEWHERE)
     code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--host", "::", "--port", "8102", "--print")
@@ -661,12 +660,13 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     } < set(command)
     digest = Manifest.read(tmp_path / ".assay" / "checkpoints" / "SmolLM2-135M-Instruct" / "bf16").digest
     assert f"export ASSAY_CHECKPOINT={digest}\n" in out
+    assert "export ASSAY_HEALTH_WAITS=0\n" in out, "nobody would tell it that it is ready"
 
 
 def test_an_engine_sends_its_spans_where_the_config_says(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path / ".assay")
     (tmp_path / "c.yaml").write_text(f"tracing: {{endpoint: 'http://collector:4318'}}\n{ELSEWHERE}")
     code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--print")
@@ -677,7 +677,7 @@ def test_an_engine_sends_its_spans_where_the_config_says(
 def test_two_engines_of_a_tier_write_into_files_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path)
     (tmp_path / "c.yaml").write_text(f"home: {tmp_path}\n{ELSEWHERE}")
     config = load_config(tmp_path / "c.yaml")

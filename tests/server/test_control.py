@@ -71,7 +71,7 @@ async def test_a_server_with_engines_on_ray_is_an_operators_too_and_one_with_non
                 await asked(config)
 
 
-async def test_who_stops_asking_gives_the_work_up(served: Served) -> None:
+async def test_who_stops_asking_gives_the_work_up(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     config, engines, _ = served
     running = engines.ask()
     await until(lambda: engines.begun == 1)
@@ -81,6 +81,26 @@ async def test_who_stops_asking_gives_the_work_up(served: Served) -> None:
     await until(lambda: engines.pool.state is State.READY)
     engines.may_end.set()
     assert is_whole(await running[0])
+    assert "given up; what was not drained by then serves as before" in caplog.text
+
+
+async def test_what_goes_wrong_after_everybody_has_left_is_in_the_log(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, engines, drains = served
+    may_fail = asyncio.Event()
+
+    async def restart(_: object) -> None:
+        await may_fail.wait()
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(engines.gateway.fleet, "restart", restart)
+    asking = asyncio.create_task(asked(config))
+    await until(lambda: (drain := drains._under_way.get(engines.pool)) and drain.at)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    may_fail.set()
+    await until(lambda: "RuntimeError: unforeseen" in caplog.text)
 
 
 async def test_a_server_that_stops_says_so(served: Served) -> None:

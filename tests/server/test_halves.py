@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import uvicorn
 from starlette.responses import JSONResponse, Response
@@ -21,12 +22,14 @@ from server.engines.following import Following
 from server.engines.state import State
 from server.keys import Keys
 from server.launch.process import free_port
-from server.listener import Server
+from server.listener import Server, listening_socket
 from server.model_config import ModelConfig, TierConfig
 from server.preparation import prepare
 from server.progress import Steps
-from server.serve import _start_all
-from tests.server.conftest import Answer, Gateway, app_built_when_asked
+from server.serve import _run, _start_all
+from server.stop import Stop
+from tests.server.conftest import Answer, Gateway, app_built_when_asked, build_when_asked
+from tests.server.engines.drained import until
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
@@ -35,7 +38,7 @@ from tiers.errors import AssayError, CheckpointError
 from tiers.manifest import Manifest
 from tiers.precision import BF16, FP8, Precision
 from tiers.probe.lock import EngineLock
-from tiers.probe.reading import CHECKPOINT_ROUTE, READING_ROUTE
+from tiers.probe.reading import CHECKPOINT_ROUTE, READING_ROUTE, WAITS
 from tiers.source import EMBEDDED_MODEL
 from tiers.tier import TierKind
 
@@ -55,6 +58,8 @@ class FakeEngine:
     precision: Precision = BF16
     has_probe: bool = True
     started_on: str = ""
+    verifies: bool = False
+    """Whether `assay engine` has yet to say that it is ready."""
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     _server: Server | None = None
     _serving: asyncio.Task[None] | None = None
@@ -67,6 +72,7 @@ class FakeEngine:
         self.started_on = self.started_on or Manifest.read(self.checkpoint).digest
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_API_KEY", self.key)
+            patch.setenv(WAITS, str(int(self.verifies)))
             lock = EngineLock(self._app)
         settings = uvicorn.Config(lock, port=self.port, lifespan="off", log_config=None)
         self._server = server = Server(settings)
@@ -263,6 +269,23 @@ async def test_an_engine_that_drains_ends_what_it_has_and_is_asked_for_nothing_m
         assert (await running).status == 200
 
 
+async def test_an_engine_that_others_still_verify_is_served_from_all_the_same(
+    config: Config, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its gateways verify it themselves; what it says to orchestrators is no reason to leave it."""
+    engine.verifies = True
+    await engine.start()
+    async with serving(config) as half:
+        await half.until(State.READY)
+        (replica,) = half.following.pool.replicas
+        assert await replica.is_alive()
+        await asyncio.sleep(0.1)
+        assert (await half.ask()).status == 200
+        await replica.engine.say_ready()
+        assert await replica.is_alive()
+    assert "restart" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -326,3 +349,71 @@ async def test_a_tier_of_which_no_engine_is_even_known_says_so_at_once(
     async with serving(config) as half:
         answer = await asyncio.wait_for(half.ask(), 1)
         assert (answer.status, code_of(answer)) == (503, "tier_unavailable")
+
+
+@dataclass
+class Starting:
+    """A gateway with its socket, one of whose engines takes longer to start than any test waits."""
+
+    stop: Stop
+    fleet: Fleet
+    running: asyncio.Task[None]
+    url: str
+
+    async def ask(self) -> int:
+        url = f"{self.url}/v1/chat/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, data=QUESTION) as answer:
+            await answer.read()
+            return answer.status
+
+
+@pytest.fixture
+async def starting(
+    request: pytest.FixtureRequest, config: Config, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Starting]:
+    """Whose grace is the parameter, if one is given."""
+
+    async def loads(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("server.serve._start_engines", loads)
+    monkeypatch.setattr("server.serve.spare_the_collector", bool)
+    build_when_asked(monkeypatch)
+    checkpoint(config.home)
+    config = config.model_copy(update={"drain_grace_s": getattr(request, "param", 0.1), "drain_timeout_s": 5})
+    fleet, metrics = await prepare(config, None, Steps(), build=False)
+    stop = Stop()
+    with listening_socket("127.0.0.1", 0) as listener:
+        keys, port = Keys(config.keys_file), listener.getsockname()[1]
+        running = asyncio.create_task(_run(config, fleet, metrics, keys, listener, stop, Steps(), lambda *_: None))
+        yield Starting(stop, fleet, running, f"http://127.0.0.1:{port}")
+        stop.asked.set()
+        stop.at_once.set()
+        await running
+
+
+async def test_a_stop_while_an_engine_starts_breaks_off_nothing_that_others_answer(
+    starting: Starting, engine: FakeEngine
+) -> None:
+    engine.may_answer.clear()
+    await engine.start()
+    (following,) = starting.fleet.followings
+    await until(lambda: following.pool.can_answer)
+    accepted = asyncio.create_task(starting.ask())
+    await until(lambda: following.pool.running)
+    starting.stop.asked.set()
+    await asyncio.sleep(0.02)
+    within_the_grace = asyncio.create_task(starting.ask())
+    await asyncio.sleep(0.15)
+    assert await starting.ask() == 503, "it takes nothing new"
+    assert not starting.running.done()
+    engine.may_answer.set()
+    assert (await accepted, await within_the_grace) == (200, 200)
+    await asyncio.wait_for(starting.running, 2)
+
+
+@pytest.mark.parametrize("starting", [60], indirect=True)
+async def test_a_stop_before_any_tier_has_answered_keeps_nobody_waiting(starting: Starting) -> None:
+    await asyncio.sleep(0.05)
+    starting.stop.asked.set()
+    await asyncio.wait_for(starting.running, 2)

@@ -104,3 +104,13 @@ async def test_an_engine_that_requests_wait_for_is_waited_for_as_well(tmp_path: 
         await asyncio.wait_for(stopping, 1)
         await asyncio.gather(drain.task, return_exceptions=True)
         assert second.engine is untouched, "the next one is not begun any more"
+
+
+async def test_a_mistake_while_it_stops_is_in_the_log_and_does_not_hold_it_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def drains() -> None:
+        raise RuntimeError("unforeseen")
+
+    await asyncio.wait_for(Stop().unless_at_once(asyncio.create_task(drains())), 1)
+    assert "RuntimeError: unforeseen" in caplog.text

@@ -190,3 +190,18 @@ async def test_the_previous_log_is_kept(tmp_path: Path) -> None:
         await process.wait()
     assert (tmp_path / "a.log").read_text().strip() == "second"
     assert (tmp_path / "a.previous.log").read_text().strip() == "first"
+
+
+async def test_a_log_that_is_cut_off_while_it_is_written_begins_anew(tmp_path: Path) -> None:
+    """As logrotate does it by copytruncate; otherwise a hole as large as what was there would be in front."""
+    log, cut = tmp_path / "a.log", tmp_path / "cut"
+    waits = f"while not os.path.exists({str(cut)!r}): time.sleep(0.01)"
+    told = f"import os, time; print('first', flush=True)\n{waits}\nprint('second')"
+    process = await LocalProcess.start([sys.executable, "-c", told], {}, log)
+    async with asyncio.timeout(10):
+        while not log.read_text():
+            await asyncio.sleep(0.01)
+    os.truncate(log, 0)
+    cut.touch()
+    await process.wait()
+    assert log.read_bytes() == b"second\n"

@@ -2,9 +2,11 @@
 
 import asyncio
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 from server.config import Config
 from server.config_file import load_config
 from server.engines.failures import EngineNotStarted
-from server.launch.cluster import Cluster, RayConfig
+from server.launch.cluster import HEAD_LOST, Cluster, RayConfig
 from server.launch.process import free_port, tethered
 from server.launch.ray import RayLaunch
 from tests.server.test_launch import WAITS, none_remains
@@ -88,6 +90,38 @@ class SlowHead:
     def launch(self, tier: Tier) -> RayLaunch:
         cluster = Cluster(self, RayConfig(), "cpu", "127.0.0.1", ())  # type: ignore[arg-type]
         return RayLaunch(cluster, Bundles(({"CPU": 1},), "PACK"), "cpu")
+
+
+async def test_a_head_that_is_lost_keeps_nobody_from_stopping(
+    head: SlowHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the end of the process: no thread of the loop's own is held up."""
+    monkeypatch.setattr("server.launch.ray.GIVE_BACK_S", 0.02)
+    executor = ThreadPoolExecutor()
+    asyncio.get_running_loop().set_default_executor(executor)
+    tier = Config(home=tmp_path).tiers[0]
+    beginning = asyncio.create_task(head.launch(tier).begin(tier, tmp_path / "log"))
+    while not head.calls:
+        await asyncio.sleep(0.001)
+    beginning.cancel()
+    await asyncio.wait({beginning}, timeout=0.5)
+    assert beginning.cancelled()
+    assert not executor._threads
+    head.may_answer.set()
+    while head.calls != ["asked", "given back"]:
+        await asyncio.sleep(0.001)
+
+
+async def test_only_the_gateway_outlives_its_head_and_not_what_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("server.launch.cluster._join", lambda *_: seen.append(os.environ.get(HEAD_LOST)))
+    monkeypatch.delenv(HEAD_LOST, raising=False)
+    await Cluster.join(RayConfig(), "cpu")
+    assert int(seen[0] or 0) > 30 * 24 * 3600
+    assert HEAD_LOST not in os.environ
+    monkeypatch.setenv(HEAD_LOST, "7")
+    await Cluster.join(RayConfig(), "cpu")
+    assert (seen[1], os.environ[HEAD_LOST]) == ("7", "7"), "an operator has the last word"
 
 
 class RayError(Exception):

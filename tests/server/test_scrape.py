@@ -96,7 +96,7 @@ async def test_one_process_alone_is_told_as_it_tells_itself(several: Several) ->
 
 
 class _Pool:
-    replicas: tuple[object, ...] = ()
+    expected = 1
     ready = running = drained = requests_at_once = 0
     engine_version: str | None = None
     is_asleep = is_verified = False

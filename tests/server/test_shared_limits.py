@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +19,7 @@ from server.config import Config
 from server.config_file import load_config
 from server.errors import RateExceeded, TooManyAtOnce
 from server.keys import Key, KeyFile
+from server.launch.process import free_port
 from server.limits import Entry, Limits, LimitsNotShared, LocalLimits, check_limits, limits_of
 from server.shared_limits import LimitsUnreachable, RedisUnreachable, SharedLimits
 from tests.server.conftest import running_gateway
@@ -239,6 +241,86 @@ async def test_a_redis_that_does_not_answer_holds_nobody_up_and_lets_nobody_in(
     left = [answer.standing.remaining for answer in answers if answer.standing]
     assert left == sorted(left, reverse=True), "an answer to one of those who went was taken for another's"
     assert len(set(left)) == 3
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_what_redis_counted_while_it_did_not_answer_is_taken_back_once_it_does(
+    two: tuple[SharedLimits, SharedLimits], redis: RedisServer, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Its caller is refused after a moment, or leaves before."""
+    key, limits = key_with(concurrent_requests=1), two[0]
+    await limits.leave(key, await limits.enter(key), None, None)
+    monkeypatch.setattr(server.shared_limits, "PATIENCE_S", 60 if leaves else 0.1)
+    with redis.hanging(), pytest.raises((LimitsUnreachable, TimeoutError)):
+        await asyncio.wait_for(limits.enter(key), 0.2)
+    monkeypatch.setattr(server.shared_limits, "PATIENCE_S", 1)
+    async with asyncio.timeout(3):  # a lease lasts for 15 s
+        while not await how_many(1, partial(two[1].enter, key)):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_request_that_could_not_be_counted_out_is_taken_back_too(
+    two: tuple[SharedLimits, SharedLimits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: object) -> None:
+        raise OSError("as the test wants")
+
+    key, limits = key_with(concurrent_requests=1), two[0]
+    entry = await limits.enter(key)
+    monkeypatch.setattr(limits, "_leave", fails)
+    await limits.leave(key, entry, None, None)
+    async with asyncio.timeout(3):
+        while not await how_many(1, partial(two[1].enter, key)):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_key_whose_leases_cannot_be_refreshed_does_not_hold_up_others(
+    two: tuple[SharedLimits, SharedLimits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.shared_limits, "LEASE_S", 0.3)
+    monkeypatch.setattr(server.shared_limits, "REFRESH_S", 0.05)
+    limits, keys = two[0], [key_with(name, concurrent_requests=1) for name in ("ann", "bob")]
+    for key in keys:
+        await limits.enter(key)
+    refresh = limits._refresh
+
+    async def fails_for_ann(names: list[str], arguments: Any) -> object:
+        if "ann" in names[0]:
+            raise OSError("as the test wants")
+        return await refresh(names, arguments)
+
+    monkeypatch.setattr(limits, "_refresh", fails_for_ann)
+    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)
+    assert await how_many(1, partial(two[1].enter, keys[0])) == 1, "hers have ended"
+    assert await how_many(1, partial(two[1].enter, keys[1])) == 0
+
+
+async def test_a_clock_of_rediss_that_is_set_back_locks_nobody_out(
+    two: tuple[SharedLimits, SharedLimits], redis: RedisServer
+) -> None:
+    key, later = key_with(requests_per_minute=1, concurrent_requests=1), 3_600_000
+    await two[0].enter(key)
+    with redis.ask() as client:
+        client.hincrby("assay:{ann}:requests", "ends", later)
+        client.persist("assay:{ann}:requests")
+        ((lease, _),) = client.zrange("assay:{ann}:leases", 0, -1, withscores=True)
+        client.zincrby("assay:{ann}:leases", later, lease)
+    await two[1].enter(key)
+
+
+async def test_a_redis_that_has_vanished_is_found_out_before_a_request_waits_for_it() -> None:
+    port = free_port()
+    with redis_server("--port", str(port)):
+        limits = SharedLimits(f"redis://127.0.0.1:{port}", None)
+        await limits.check()
+        (connection,) = limits._redis.connection_pool._available_connections
+        assert connection._writer is not None
+        with socket.fromfd(connection._writer.get_extra_info("socket").fileno(), socket.AF_INET, 0) as own:
+            for option in socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL:
+                assert own.getsockopt(socket.IPPROTO_TCP, option) <= 5, "minutes or hours by default"
+            assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 15_000
+        await limits.close()
 
 
 async def test_a_lost_redis_is_told_once_and_so_is_its_return(

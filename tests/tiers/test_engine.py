@@ -1,5 +1,6 @@
 """Tier + hardware → vLLM's arguments and environment."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,12 @@ from tests.server.test_cli import checkpoint
 from tiers.engine import Backend, EngineCommand, engine_command
 from tiers.errors import ConfigError
 from tiers.manifest import Manifest
+from tiers.probe.reading import WAITS
+from tiers.recipe import find_recipe
 from tiers.tier import Resources, Tier, TierKind
 
+(VLLM,) = importlib.util.find_spec("vllm").submodule_search_locations  # type: ignore[union-attr,misc]
+VARIABLES = (Path(VLLM) / "envs.py").read_text()  # read and not imported, which takes seconds
 LLAMA = Path(__file__).parents[2] / "deploy" / "llama-3.1-8b.yaml"
 
 
@@ -144,6 +149,21 @@ def test_the_cpu_engine_computes_what_the_tier_says() -> None:
     assert environment["VLLM_PLUGINS"] == "assay"
 
 
+def test_an_engine_on_gpus_asks_for_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_ALLREDUCE_USE_FLASHINFER"):
+        assert f'"{name}": lambda' in VARIABLES, "or vLLM would not know what it is told"
+        monkeypatch.setenv(name, "1")
+        assert engine_command(tier(), "cuda", 1, "k").environment[name] == "0"
+    assert option(engine_command(tier(), "cuda", 1, "k"), "attention-backend") == "FLASH_ATTN"
+    assert "attention-backend" not in " ".join(engine_command(tier(), "cpu", 1, "k").arguments)
+
+
+def test_only_a_rounded_cache_is_flashinfers() -> None:
+    recipe = find_recipe("fp8-kv")
+    rounded = replace(tier(TierKind.TURBO), recipe=recipe)
+    assert option(engine_command(rounded, "cuda", 1, "k"), "attention-backend") == "FLASHINFER"
+
+
 def test_only_the_self_test_starts_an_engine_that_can_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASSAY_PLANT_FAULTS", "1")
     assert engine_command(tier(), "cuda", 1, "k").environment["ASSAY_PLANT_FAULTS"] == "0", "whoever set it"
@@ -151,6 +171,12 @@ def test_only_the_self_test_starts_an_engine_that_can_be_broken(monkeypatch: pyt
     broken = engine_command(tier(), "cuda", 1, "k", takes_faults=True)
     assert broken.environment["ASSAY_PLANT_FAULTS"] == "1"
     assert "--enforce-eager" in broken.arguments, "what is compiled cannot be broken"
+
+
+def test_only_what_assay_engine_starts_waits_to_be_well_until_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAITS, "1")
+    assert engine_command(tier(), "cuda", 1, "k").environment[WAITS] == "0", "nobody would tell it"
+    assert engine_command(tier(), "cuda", 1, "k", waits=True).environment[WAITS] == "1"
 
 
 def test_an_engine_sends_spans_only_where_the_gateway_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,12 @@ class Nvml:
     NVMLError_DriverNotLoaded = pynvml.NVMLError_DriverNotLoaded
     NVMLError_NotFound = pynvml.NVMLError_NotFound
 
-    def __init__(self, *gpus: tuple[str, int, tuple[int, int], str], error: Exception | None = None) -> None:
+    def __init__(
+        self, *gpus: tuple[str, int, tuple[int, int], str], error: Exception | None = None, cuda: int = 13000
+    ) -> None:
         self.gpus = gpus
         self.error = error
+        self.cuda = cuda
         self.is_open = False
 
     def nvmlInit(self) -> None:  # noqa: N802  # NVML's names
@@ -34,6 +37,9 @@ class Nvml:
 
     def nvmlShutdown(self) -> None:  # noqa: N802
         self.is_open = False
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:  # noqa: N802
+        return self.cuda
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return len(self.gpus)
@@ -126,6 +132,23 @@ def test_a_driver_that_does_not_answer_is_an_error_and_not_a_machine_without_gpu
     install(monkeypatch, Nvml(error=pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)))
     with pytest.raises(PlacementError, match="driver does not answer"):
         Machine.here()
+
+
+@pytest.mark.parametrize(("cuda", "version"), [(12040, "12.4"), (12090, "12.9"), (11080, "11.8")])
+def test_a_driver_that_is_too_old_is_a_sentence_that_names_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, version: str
+) -> None:
+    nvml = install(monkeypatch, Nvml(*THREE, cuda=cuda))
+    with pytest.raises(PlacementError, match=rf"is for CUDA {version}, and .* needs 13\.0: install .* R580"):
+        Machine.here()
+    assert not nvml.is_open
+    assert Machine.here("cpu").backend == "cpu", "where nothing is asked of it"
+
+
+@pytest.mark.parametrize("cuda", [13000, 13020, 14000])
+def test_a_newer_driver_will_do(monkeypatch: pytest.MonkeyPatch, cuda: int) -> None:
+    install(monkeypatch, Nvml(*THREE, cuda=cuda))
+    assert len(present_gpus()) == len(THREE)
 
 
 def test_a_machine_with_gpus_is_planned_for_them_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,21 @@
 """The reference implementation's view of a pack's answers: Hugging Face Transformers, in FP32.
 
 A program of its own, for the gateway holds no PyTorch: it reads a pack and writes another one of the same answers,
-whose hidden states are those of Transformers.
+whose hidden states are those of Transformers. How much memory that takes is `conformance.room`'s to say.
 """
 
 import argparse
-import copy
 import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from kernels.head import likeliest
+from tiers.conformance.layers import Chats, LlamaByLayers
 from tiers.conformance.pack import Answer, Pack, head_of
 from tiers.conformance.sequence import TOP
 
@@ -31,25 +32,14 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None
     """
     done = len(earlier.share(folder)) if earlier else 0
     at = head_of(checkpoint)
+    found = _final_states(checkpoint, pack.answers[done:])
     with safe_open(at.file, framework="pt") as tensors:
         head = tensors.get_tensor(at.name)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    prompts: dict[tuple[int, ...], list[Answer]] = {}
-    for answer in pack.answers[done:]:
-        prompts.setdefault(tuple(answer.prompt), []).append(answer)
-    for number, (prompt, answers) in enumerate(prompts.items(), 1):
-        print(f"{number} of {len(prompts)} prompts", flush=True)
-        read = model.model(torch.tensor([prompt]), use_cache=True)
-        for answer in answers:
-            hidden = read.last_hidden_state[0, -1:]
-            if rest := answer.answer[:-1]:
-                cache = copy.deepcopy(read.past_key_values)  # it grows with what is read
-                further = model.model(torch.tensor([rest]), past_key_values=cache, use_cache=True)
-                hidden = torch.cat([hidden, further.last_hidden_state[0]])
-            given = torch.tensor(answer.answer)
-            file = folder / answer.hidden
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.contiguous()} | likeliest(hidden, head, given, TOP)._asdict(), file)
+    for answer, hidden in found:
+        given = torch.tensor(answer.answer)
+        file = folder / answer.hidden
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden.contiguous()} | likeliest(hidden, head, given, TOP)._asdict(), file)
     version = importlib.metadata.version("transformers")
     return Pack.write(
         folder,
@@ -62,8 +52,28 @@ def write_truth(pack: Pack, checkpoint: Path, folder: Path, earlier: Pack | None
     )
 
 
+def _final_states(checkpoint: Path, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Tensor]]:
+    """Each answer with the states that predict its tokens, [A, H]."""
+    prompts: dict[tuple[int, ...], list[Answer]] = {}
+    for answer in answers:
+        prompts.setdefault(tuple(answer.prompt), []).append(answer)
+    for given, chats in zip(prompts.values(), _read(checkpoint, prompts), strict=True):
+        yield from zip(given, chats.predicting, strict=True)
+
+
+def _read(checkpoint: Path, prompts: Mapping[tuple[int, ...], Sequence[Answer]]) -> list[Chats]:
+    """Through the whole model, which is gone then."""
+    model = LlamaByLayers(checkpoint)
+    chats = [
+        Chats(model.embed(prompt), [model.embed(each.answer[:-1]) for each in given])
+        for prompt, given in prompts.items()
+    ]
+    model.read(chats, lambda layer: print(f"layer {layer + 1} of {model.layers}", flush=True))
+    return chats
+
+
 def main() -> None:
-    """Do it; progress goes to standard output, a line a prompt."""
+    """Do it; progress goes to standard output, a line a layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack", type=Path)
     parser.add_argument("checkpoint", type=Path)

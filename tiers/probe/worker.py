@@ -52,9 +52,9 @@ _W4A16 = frozenset({
 })  # fmt: skip
 """Integer-weight kernels that take activations in the type of their configuration."""
 _OF_ONE_START = frozenset({
-    "VLLM_API_KEY", "VLLM_DIST_IDENT", "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME", "VLLM_PORT",
+    "VLLM_API_KEY", "VLLM_DIST_IDENT", "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME", "VLLM_PORT", "VLLM_RPC_BASE_PATH",
 })  # fmt: skip
-"""Its key, its port, and the names by which its processes find each other, which vLLM sets itself."""
+"""Its key, its port, and by what its processes find each other: names that vLLM sets itself, and a folder."""
 _INT8_PER_TOKEN = NumberFormat(type="int8", scale="token", dynamic=True)
 
 

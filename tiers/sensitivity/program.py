@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -26,6 +25,7 @@ from tiers.conformance.pack import Answer
 from tiers.conformance.scores import Phase, Scores
 from tiers.errors import AssayError
 from tiers.manifest import Manifest
+from tiers.ram import free_ram
 from tiers.sensitivity.answers import answered, of_pack, unanswered
 from tiers.sensitivity.findings import Findings, rows_of, steps_of
 from tiers.sensitivity.model import ReferenceModel
@@ -61,7 +61,7 @@ def measure(request: Request, tell: Tell) -> Findings:
     longest = max(len(each.prompt) for each in asked) + QUICK_TOKENS
     gpu_free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     needed = bytes_needed(shape, chosen, longest)
-    check_room(request.model, shape, needed, psutil.virtual_memory().available, gpu_free)
+    check_room(request.model, shape, needed, free_ram(), gpu_free)
 
     say(0, 0, "loading the reference")
     model = ReferenceModel.load(request.checkpoint)

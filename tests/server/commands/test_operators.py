@@ -5,7 +5,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 
@@ -79,9 +78,8 @@ def test_a_model_that_is_larger_than_what_is_free_is_a_sentence(
     config = SMOL.model_dump(exclude={"rope"}) | {"architectures": ["LlamaForCausalLM"]}
     tier = replace(Config().reference_of(None), checkpoint=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    free = psutil.virtual_memory()._replace(available=200_000_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr("server.commands.operators.free_ram", lambda: 200_000_000)
     with pytest.raises(OperatorsError, match=r"from 0\.3 GB of weights.* 0\.2 GB are free: .*--model"):
         check_memory(tier)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free._replace(available=300_000_000))
+    monkeypatch.setattr("server.commands.operators.free_ram", lambda: 300_000_000)
     check_memory(tier)

@@ -83,7 +83,7 @@ class Engines:
             await self.may_start.wait()
             if self.fails:
                 raise EngineNotStarted(f"{replica.name}: as the test wants.")
-            replica._failed.clear()
+            replica.failed.clear()
             replica.connect(url)
             replica.engine.process = Runs()
 

@@ -35,6 +35,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.addresses: frozenset[str] | None = frozenset({FIRST})
+        self.error: Exception = OSError("no such name")
         config, metrics = Config(home=folder), Metrics()
         first = fake_replica(config, metrics)
         self.pool = Pool(config.tiers[0], first.manifest, 2048, (), metrics, max_num_seqs=4)
@@ -52,7 +53,7 @@ class Cluster:
 
     async def _resolve(self, url: str) -> frozenset[str]:
         if self.addresses is None:
-            raise OSError("no such name")
+            raise self.error
         return self.addresses
 
     @property
@@ -111,6 +112,18 @@ async def test_while_nobody_can_resolve_the_name_what_is_known_stays(
     assert len([each for each in caplog.records if "cannot be resolved" in each.message]) == 1, "said once"
     cluster.addresses = frozenset({SECOND})
     await cluster.until(SECOND)
+    await cluster.fleet.stop()
+
+
+async def test_one_look_that_fails_is_told_and_is_not_the_last(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.addresses, cluster.error = None, UnicodeError("label too long")
+    cluster.fleet.follow()
+    await asyncio.sleep(0.05)
+    assert "label too long" in caplog.text
+    cluster.addresses = frozenset({FIRST})
+    await cluster.until(FIRST)
     await cluster.fleet.stop()
 
 

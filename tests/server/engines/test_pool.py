@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,7 +225,7 @@ models:
 
 
 async def test_a_config_makes_as_many_engines_as_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 30))
+    monkeypatch.setattr("tiers.hardware.free_ram", lambda: 64 << 30)
     fleet = await prepared(tmp_path, "cpu", "{replicas: 3, max_num_seqs: 5}")
     assert [len(pool.replicas) for pool in fleet.pools] == [3, 3]
     assert [pool.requests_at_once for pool in fleet.pools] == [15, 15]

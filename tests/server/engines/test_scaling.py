@@ -79,7 +79,18 @@ def test_load_between_the_two_bounds_changes_nothing_however_long() -> None:
 
 
 def test_a_replica_that_failed_is_waited_for_and_not_replaced() -> None:
-    assert changes(row(300, replicas=2, able=1)) == []
+    assert changes(row(300, waiting=9, replicas=2, able=1, to_spare=1)) == []
+
+
+def test_a_replica_that_never_comes_up_leaves_when_it_is_not_needed() -> None:
+    assert changes(row(150, replicas=3, able=2, to_spare=1, running=4)) == [(100, -1)], "half of what two can do"
+    assert changes(row(300, replicas=3, able=2, to_spare=1, running=5)) == []
+
+
+def test_those_that_answer_are_kept_while_none_could_take_their_place() -> None:
+    assert changes(row(300, replicas=2, able=1)) == [], "the first one has failed, and stays"
+    assert changes(row(150, replicas=3, able=2)) == [(100, -1)]
+    assert changes(row(300, replicas=2, able=0, to_spare=1)) == [], "nobody can say how many would be needed"
 
 
 def test_what_an_operator_has_stopped_is_not_waited_for_and_keeps_its_place() -> None:
@@ -155,7 +166,9 @@ async def tending(tended: Tended) -> AsyncIterator[Tended]:
     """It is changed as soon as there is a reason."""
     bounds = Bounds(1, 3, 4, more_after_s=0.01, fewer_after_s=0.02)
     scaling = Scaling(tended.pool, bounds, tended.another, look_s=0.005)
-    keeping = asyncio.create_task(scaling.keep(tended.add, tended.remove))
+    keeping = asyncio.create_task(
+        scaling.keep(lambda *what: tended.add(*what), lambda *what: tended.remove(*what))
+    )
     yield tended
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
@@ -221,6 +234,33 @@ async def test_none_leaves_while_an_operator_has_one_started_again(tending: Tend
     await tending.reaches(1)
 
 
+async def test_one_look_that_fails_is_told_and_is_not_the_last(
+    tending: Tended, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter([RuntimeError("unforeseen")])
+
+    def add(pool: Pool, replica: Replica) -> None:
+        for failure in failures:
+            raise failure
+        pool.add(replica)
+
+    tending.add = add  # type: ignore[method-assign]
+    tending.queue = 5
+    await tending.reaches(2)
+    assert "unforeseen" in caplog.text
+
+
+async def test_a_departure_that_fails_is_told(tending: Tended, caplog: pytest.LogCaptureFixture) -> None:
+    async def remove(pool: Pool, replica: Replica) -> None:
+        raise RuntimeError("unforeseen")
+
+    tending.remove = remove  # type: ignore[method-assign]
+    tending.add(tending.pool, tending.another(2))
+    async with asyncio.timeout(2):
+        while "unforeseen" not in caplog.text:
+            await asyncio.sleep(0.005)
+
+
 async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> None:
     (replica,) = tended.pool.replicas
     assert isinstance(replica, FakeEngineReplica)
@@ -230,3 +270,51 @@ async def test_what_was_handed_to_full_engines_waits_as_well(tended: Tended) -> 
             assert tended.pool.waiting == 2
             tended.queue = 3
             assert tended.pool.waiting == 5
+
+
+async def test_what_one_that_leaves_still_works_on_calls_no_other(tending: Tended) -> None:
+    staying, leaving = tending.pool.replicas[0], tending.another(2)
+    assert isinstance(staying, FakeEngineReplica)
+    assert isinstance(leaving, FakeEngineReplica)
+    tending.add(tending.pool, leaving)
+    leaving.leaving = True
+    async with leaving.works_on(1), staying.works_on(4):
+        assert tending.pool.waiting == 0
+        await asyncio.sleep(0.1)
+        assert tending.pool.replicas == (staying, leaving)
+
+
+async def test_where_another_has_room_nothing_waits_for_one_more(tended: Tended) -> None:
+    """One was away, so that the other has more than it works on at once; now it is back, and idle."""
+    first, back = tended.pool.replicas[0], tended.another(2)
+    assert isinstance(first, FakeEngineReplica)
+    async with first.works_on(6):
+        tended.add(tended.pool, back)
+        assert tended.pool.waiting == 0
+
+
+async def test_one_that_cannot_answer_leaves_before_those_that_can(tended: Tended) -> None:
+    first, refused, newest = tended.pool.replicas[0], tended.another(2), tended.another(3)
+    for replica in refused, newest:
+        tended.add(tended.pool, replica)
+    refused.state = State.REFUSED
+    bounds = Bounds(2, 3, 4, fewer_after_s=0.01)
+    keeping = asyncio.create_task(
+        Scaling(tended.pool, bounds, tended.another, look_s=0.005).keep(tended.add, tended.remove)
+    )
+    await tended.reaches(2)
+    keeping.cancel()
+    assert tended.pool.replicas == (first, newest)
+
+
+async def test_one_that_leaves_is_not_missed_and_one_that_an_operator_has_out_is(tended: Tended) -> None:
+    def replicas() -> float | None:
+        return tended.metrics.registry.get_sample_value("assay_replicas", {"tier": tended.pool.tier.name})
+
+    for number in 2, 3:
+        tended.add(tended.pool, tended.another(number))
+    _, leaving, out = tended.pool.replicas
+    leaving.leaving = True
+    assert (replicas(), tended.pool.ready) == (2, 2), "no engine is missing"
+    tended.pool.service.take_out(out)
+    assert (replicas(), tended.pool.ready, tended.pool.drained) == (2, 1, 1)

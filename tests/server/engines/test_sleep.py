@@ -3,13 +3,14 @@
 import asyncio
 import json
 
+import pytest
 from aiohttp import web
 
 from server.engines.affinity import Work
 from server.engines.state import State
 from server.engines.turns import Turns
 from tests.server.conftest import Gateway
-from tests.server.engines.drained import slow_to_wake
+from tests.server.engines.drained import Runs, slow_to_wake
 from tests.server.engines.test_turns import Bed, Memory
 from tiers.probe.reading import SLEEP_ROUTE, WAKE_ROUTE
 
@@ -80,6 +81,33 @@ async def test_while_an_engine_of_the_group_starts_a_caller_is_told_so(gateway: 
         answer = await gateway.post()
     assert answer.status == 503
     assert "retry-after" in answer.headers
+    turns.close()
+
+
+async def test_a_start_that_is_given_up_frees_its_memory_before_others_wake(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop in the middle of a start: who was served before still answers what was accepted."""
+    turns, replica, ended = Turns(60), gateway.replica, asyncio.Event()
+
+    class Ends(Runs):
+        async def stop(self) -> None:
+            assert turns.is_starting, "its memory is not free yet"
+            ended.set()
+
+    async def loads(say: object) -> None:
+        replica.connect(replica.url)
+        replica.engine.process = Ends()
+        replica.state = State.STARTING
+        await asyncio.Event().wait()
+
+    replica.take_turns(turns)
+    monkeypatch.setattr(replica, "_start", loads)
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0.02)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert ended.is_set()
     turns.close()
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from server.certificates import Certificates
 from server.config import Config
 from server.measuring import certify as module
-from server.measuring.certify import certify, write
+from server.measuring.certify import certify
+from server.measuring.written import Written
 from server.progress import Steps
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
@@ -25,6 +27,7 @@ from tiers.conformance.pack import Answer, Origin, Pack, PackError
 from tiers.conformance.prompts import Prompt
 from tiers.conformance.report import Measured
 from tiers.conformance.scores import Scores
+from tiers.errors import BuildError, PlacementError
 from tiers.tier import Tier, TierKind
 from tiers.verification import verify_precision
 
@@ -279,13 +282,53 @@ async def test_a_verdict_that_is_never_settled_ends_with_all_prompts(lab: Any) -
 async def test_certificates_and_the_report_are_written_where_the_gateway_looks(lab: Any) -> None:
     _, config = lab(KL)
     kinds = (TierKind.TURBO, TierKind.LITE)
-    found = await measured(config, Asked(quick=True), *kinds)
+    tiers = [tier for tier in config.tiers if tier.kind in kinds]
     certificates = config.certificates
     certificates.mkdir()
     (certificates / "smollm2-135m-instruct-turbo.dsse.json").write_text("of another certificate")
-    report = write(found, [tier for tier in config.tiers if tier.kind in kinds], config)
-    assert sorted(each.name for each in report.parent.iterdir()) == [
+    written = Written(config, tiers)
+    await certify(config, tiers, Asked(quick=True), Steps(), written.add)
+    assert sorted(each.name for each in written.report.parent.iterdir()) == [
         "report.html",
         "smollm2-135m-instruct-lite.json",
         "smollm2-135m-instruct-turbo.json",
     ]
+
+
+async def test_what_was_measured_is_kept_when_another_tier_cannot_be(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = lab(KL)
+
+    async def fails(*args: Any) -> None:
+        raise BuildError("Transformers was ended.")
+
+    monkeypatch.setattr(module, "compute_in_fp32", fails)
+    written = Written(config, config.tiers)
+    with pytest.raises(BuildError, match="was ended"):
+        await certify(config, config.tiers, Asked(quick=True), Steps(), written.add)
+    kept = Certificates(config.certificates)
+    has = {tier.kind: kept.of(tier) is not None for tier in config.tiers}
+    assert has == {TierKind.REFERENCE: False, TierKind.TURBO: True, TierKind.LITE: True}
+    assert "Lite" in written.report.read_text()
+
+
+async def test_a_tier_is_kept_once_and_not_while_more_is_asked_of_it(lab: Any) -> None:
+    _, config = lab(KL | {TierKind.TURBO: 0.0565})
+    kept: list[Measured] = []
+    tiers = [tier for tier in config.tiers if tier.kind is not TierKind.REFERENCE]
+    found = await certify(config, tiers, Asked(quick=True, until_decided=True), Steps(), kept.append)
+    assert kept == found[::-1], "Lite at the first look, Turbo at a later one"
+    assert kept[0].certificate.predicate.pack.prompts < kept[1].certificate.predicate.pack.prompts
+
+
+async def test_too_little_memory_for_transformers_is_a_sentence_before_anything_is_measured(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, config = lab(KL)
+    monkeypatch.setattr(module, "free_ram", lambda: 1 << 29)
+    with pytest.raises(PlacementError, match=r"SmolLM2.* 193 tokens.*1\.1 GiB of memory, and 0\.5 GiB are free"):
+        await measured(config, Asked(quick=True), *TierKind)
+    assert made.walks == []
+    await measured(config, Asked(quick=True), TierKind.TURBO, TierKind.LITE)
+    assert made.walks, "they are not held against Transformers"

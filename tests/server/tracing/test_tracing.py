@@ -23,6 +23,7 @@ from tests.collector import Collector, collecting
 from tests.conftest import ROOT
 from tests.server.conftest import Answer, Gateway, fake_replica, running_gateway
 from tests.server.test_forward import CHUNK, DONE, streams
+from tests.server.test_metrics import stream
 from tiers.errors import ConfigError
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -115,6 +116,12 @@ async def test_the_engine_continues_the_span_of_the_try_it_was_asked_in(
     (attempt,) = collector.children(span, "POST")
     assert sent_to_engine(gateway) == (span.trace_id, attempt.span_id, True)
     assert (attempt.name, attempt.kind, attempt.failed) == ("POST", "CLIENT", False)
+    url = gateway.replica.url
+    assert (attempt.attributes["server.address"], attempt.attributes["server.port"]) == (
+        "127.0.0.1",
+        int(url.rpartition(":")[2]),
+    )
+    assert attempt.attributes["url.full"] == f"{url}/v1/chat/completions"
 
 
 async def test_a_stream_says_when_its_first_token_came(tmp_path: Path, collector: Collector) -> None:
@@ -133,6 +140,33 @@ async def test_a_stream_says_when_its_first_token_came(tmp_path: Path, collector
     assert (span.attributes["gen_ai.request.stream"], span.attributes["gen_ai.usage.output_tokens"]) == (True, 4)
 
 
+async def test_a_stream_of_heartbeats_alone_has_no_first_token(tmp_path: Path, collector: Collector) -> None:
+    async with traced(tmp_path, collector, heartbeat_s=0.05, first_token_timeout_s=0.15) as gateway:
+        gateway.handler = stream(2.0)
+        await ask(gateway, stream=True)
+    span = collector.only(SPAN)
+    assert (span.failed, span.attributes["error.type"]) == (True, "first_token_timeout")
+    assert "first_token" not in span.events
+    assert "gen_ai.response.time_to_first_chunk" not in span.attributes
+
+
+async def test_a_caller_who_leaves_is_nobodys_error(tmp_path: Path, collector: Collector) -> None:
+    leaves = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        leaves.set()
+        return await stream(2.0)(request)
+
+    async with traced(tmp_path, collector) as gateway:
+        gateway.handler = slow
+        await gateway.post(json.dumps(CUT).encode(), leave_after=leaves)
+    span = collector.only(SPAN)
+    (attempt,) = collector.children(span, "POST")
+    assert (span.failed, attempt.failed) == (False, False)
+    assert span.attributes["assay.error"] == "client_left"
+    assert "error.type" not in span.attributes.keys() | attempt.attributes.keys()
+
+
 async def test_a_request_that_is_refused_is_a_span_with_its_error_and_no_fault_of_ours(
     tmp_path: Path, collector: Collector
 ) -> None:
@@ -146,7 +180,7 @@ async def test_a_request_that_is_refused_is_a_span_with_its_error_and_no_fault_o
         gateway.handler = refuses
         await ask(gateway)
     found = [
-        (span.name, span.attributes["error.type"], span.attributes["http.response.status_code"], span.failed)
+        (span.name, span.attributes["assay.error"], span.attributes["http.response.status_code"], span.failed)
         for span in collector.spans
         if span.kind == "SERVER"
     ]
@@ -157,6 +191,7 @@ async def test_a_request_that_is_refused_is_a_span_with_its_error_and_no_fault_o
         (nameless, "method_not_allowed", 405, False),
         (SPAN, "invalid_request_error", 422, False),
     ]
+    assert not any("error.type" in span.attributes for span in collector.spans if span.kind == "SERVER")
     assert collector.spans[2].attributes["http.request.method"] == "_OTHER"
 
 
@@ -233,8 +268,8 @@ async def test_a_caller_who_leaves_the_queue_leaves_a_span_of_both(tmp_path: Pat
         await waiting
         goes_on.set()
         await asyncio.gather(*busy)
-    (left,) = (span for span in collector.named(SPAN) if "error.type" in span.attributes)
-    assert (left.attributes["error.type"], left.parent) == ("client_left", "")
+    (left,) = (span for span in collector.named(SPAN) if "assay.error" in span.attributes)
+    assert (left.attributes["assay.error"], left.parent) == ("client_left", "")
     assert len(collector.children(left, "queue")) == len(collector.children(left)) == 1
 
 
