@@ -6,7 +6,7 @@ export BACKEND
 RUN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test install install-dev lint types imports test-fast test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring bench-divergence bench-routing bench-limits clean
+.PHONY: help serve test install install-dev lint types imports test-fast test-programs test-engines test-slow test-gpu audit bench bench-recipes bench-gateway bench-throughput bench-scoring bench-divergence bench-routing bench-limits clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,7 +14,7 @@ help: ## list these targets
 serve: install ## install, prepare the tiers, start them, serve on http://127.0.0.1:8000
 	@exec $(RUN)/assay serve --config $(CONFIG)
 
-test: install-dev lint types imports test-fast test-engines ## everything that must be green
+test: install-dev lint types imports test-fast test-programs test-engines ## everything that must be green
 
 install: ## both environments; repairs an interrupted one
 	@$(PYTHON) deploy/install.py
@@ -35,7 +35,11 @@ imports: ## server → tiers → kernels, never back up
 test-fast: install-dev ## tests without an engine, in seconds
 	@# Compiled tests are kept, even where Python is told not to: three processes would each compile them again.
 	@# One thread each, or those of three processes wait for each other on few cores, and spin.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/pytest --ignore tests/engines --numprocesses 3 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/pytest --ignore tests/engines -m "not program" --numprocesses 3 \
+		--dist worksteal
+
+test-programs: install-dev ## tests that start Prometheus, kubectl, or processes of ours
+	PYTHONDONTWRITEBYTECODE= $(RUN)/pytest --ignore tests/engines -m program --numprocesses 2 --dist worksteal
 
 test-engines: install-dev ## tests on six real engines of two models, started once
 	$(RUN)/pytest -m "engine and not gpu and not slow"

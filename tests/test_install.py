@@ -266,6 +266,7 @@ def test_pytorch_is_fetched_by_one_and_then_there_for_the_other(
     assert not any(held.values()), "nothing else waits for the other"
 
 
+@pytest.mark.program
 def test_progress_can_be_shown_before_anything_but_rich_is_installed() -> None:
     """The installer does, of the environments that it is about to make."""
 

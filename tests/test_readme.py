@@ -17,7 +17,6 @@ RUN_BY = {
     "make bench-recipes": "tests/engines/test_2_metadata.py::test_a_recipe_is_measured",
     "make bench-gateway": "tests/engines/test_5_bench.py::test_the_bench_of_gateways_measures_ours",
     "make bench-throughput": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
-    "make bench-scoring": "tests/engines/test_5_bench.py::test_a_bench_of_an_engine_measures_both_ways",
     "make bench-divergence": (
         "tests/engines/test_5_bench.py::test_the_bench_of_divergence_measures_time_and_memory"
     ),
@@ -82,7 +81,9 @@ STRANGERS = "tests/engines/test_7_halves.py::test_an_engine_tells_strangers"
 DRAINED = "tests/engines/test_4_stop.py::test_drain_under_load"
 STOPPED = "tests/server/engines/test_drains.py::test_what_is_stopped_answers_whom_it_accepted"
 DEPLOYED_BY = {
-    ".venv/bin/assay plan --config deploy/llama": "tests/deploy/test_configs.py::test_a_config_fits_its_hardware",
+    ".venv/bin/assay plan --config deploy/llama-3.1-70b-4xh100.yaml": (
+        "tests/deploy/test_configs.py::test_a_config_fits_its_hardware"
+    ),
     "docker build --target cpu": IMAGE,
     "docker build --target": LINTED,
     "docker run": IMAGE,
@@ -119,7 +120,7 @@ DEPLOYED_BY = {
     ),
     "ray start": "tests/engines/test_8_ray.py::test_a_lost_node_costs_no_request",
     "assay plan Llama-3.1-405B-Instruct --gpu H100": "tests/server/test_cli.py::test_a_plan_over_two_nodes_fits",
-    "redis-server": "tests/server/redis_server.py::redis-server",
+    "redis-server": "tests/server/redis_server.py::redis_server",
     "make bench-routing": "tests/engines/test_5_bench.py::test_the_bench_of_routing_measures_both_choices",
     "assay drain Lite --replica": "tests/server/engines/test_drains.py::test_one_of_two_can_be_stopped",
     "assay drain Lite --": STOPPED,
@@ -151,9 +152,16 @@ def commands(text: str) -> list[str]:
     ],
 )
 def test_every_command_is_run_by_a_test(command: str, run_by: dict[str, str]) -> None:
-    start = max((start for start in run_by if command.startswith(start)), key=len)
-    path, name = run_by[start].split("::")
-    assert name in (ROOT / path).read_text()
+    found = [start for start in run_by if begins(command, start)]
+    assert found, "nothing runs it"
+    path, name = run_by[max(found, key=len)].split("::")
+    text = (ROOT / path).read_text()
+    assert re.search(rf"^\s*(?:async )?def {name}" if path.endswith(".py") else rf"^{name}$", text, re.MULTILINE)
+
+
+def begins(command: str, start: str) -> bool:
+    """Whether it does, with whole words: `make bench-limits` is no `make bench`."""
+    return re.match(re.escape(start) + (r"(?![\w-])" if start[-1].isalnum() else ""), command) is not None
 
 
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "kernels/README.md", "deploy/README.md"])

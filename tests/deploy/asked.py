@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def _asked(node: Any, above: frozenset[str]) -> Iterator[Asked]:
             raise TypeError(f"{type(node).__name__} is not known here")
 
 
+@cache
 def dashboard() -> dict[str, Any]:
     return dict(json.loads(DASHBOARD.read_text()))
 
@@ -90,8 +92,11 @@ def _filled_in(query: str) -> str:
     return query
 
 
+@cache
 def rules() -> list[dict[str, Any]]:
-    groups = [group for file in (RULES, POD_RULES) for group in yaml.safe_load(file.read_text())["groups"]]
+    groups = [
+        group for file in (RULES, POD_RULES) for group in yaml.load(file.read_text(), yaml.CSafeLoader)["groups"]
+    ]
     return [rule for group in groups for rule in group["rules"]]
 
 
@@ -99,16 +104,18 @@ def rule_queries() -> dict[str, str]:
     return {rule.get("alert") or rule["record"]: rule["expr"] for rule in rules()}
 
 
+@cache
 def recorded() -> frozenset[str]:
     """What the rules themselves make."""
     return frozenset(rule["record"] for rule in rules() if "record" in rule)
 
 
+@cache
 def autoscaler_queries() -> dict[str, str]:
     """What KEDA asks Prometheus in the manifests of Kubernetes."""
     found: dict[str, str] = {}
     for file in sorted((DEPLOY / "kubernetes").rglob("*.y*ml")):
-        for document in yaml.safe_load_all(file.read_text()):
+        for document in yaml.load_all(file.read_text(), yaml.CSafeLoader):
             found |= {f"{file.relative_to(ROOT)} {number}": each for number, each in enumerate(_queries(document))}
     return found
 

@@ -170,6 +170,7 @@ def written(overlay: str, folder: Path) -> tuple[Path, list[str]]:
     return folder / head.split()[2], lines
 
 
+@pytest.mark.program
 def test_the_guides_own_overlay_replaces_the_images(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "deploy" / "kubernetes")
     target, lines = written("site", tmp_path)

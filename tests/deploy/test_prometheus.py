@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import promql_parser
 import pytest
 import yaml
 from aiohttp import web
@@ -59,6 +58,7 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", str(asked.RULES), str(asked.POD_RULES))
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("file", TRIALS, ids=lambda file: file.name)
 def test_every_alert_fires_when_it_should_and_not_otherwise(file: Path) -> None:
     promtool("test", "rules", str(file))
@@ -236,6 +236,7 @@ def engines_on_kubernetes() -> dict[str, Any]:
     return {"job_name": "of the operator", "static_configs": pods, "relabel_configs": relabellings}
 
 
+@pytest.mark.program
 async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_ask(
     lively: Gateway, tmp_path: Path
 ) -> None:
@@ -266,8 +267,3 @@ async def test_a_real_prometheus_answers_whatever_the_dashboard_and_the_rules_as
     of_engines = {where for where, query in asked.panel_queries().items() if "vllm:" in query}
     assert silent <= of_engines, "every panel on the gateway has something to show"
     assert [each["metric"]["instance"] for each in engines] == ["127.0.0.1:1"], "nor is one asked that loads"
-
-
-def test_the_parser_reads_what_prometheus_reads() -> None:
-    for query in asked.every_query().values():
-        promql_parser.parse(query)

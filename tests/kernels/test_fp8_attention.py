@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from tests.kernels.closeness import assert_close
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,12 +44,11 @@ def exact(query: "Tensor", key: "Tensor", value: "Tensor") -> "Tensor":
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (1, 5)])
 def test_a_query_sees_the_keys_up_to_its_own(queries: int, keys: int) -> None:
-    import torch
 
     from kernels.fp8_attention import attention
 
     given = operands(queries, keys)
-    torch.testing.assert_close(attention(*given, SCALING).double(), exact(*given), rtol=1e-5, atol=1e-5)
+    assert_close(attention(*given, SCALING).double(), exact(*given), rtol=1e-5, atol=1e-5)
 
 
 def defined(given: Operands, scales: Operands, lifted: float = 256.0, *, summed_after: bool = False) -> "Tensor":
@@ -81,7 +82,6 @@ def defined(given: Operands, scales: Operands, lifted: float = 256.0, *, summed_
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 9), (20, 40)])
 def test_in_fp8_it_is_what_its_words_say_and_none_of_what_they_rule_out(queries: int, keys: int) -> None:
-    import torch
 
     from kernels.fakequant import scales_of
     from kernels.fp8_attention import PER_TENSOR, OperandScales, attention_in_fp8
@@ -90,7 +90,7 @@ def test_in_fp8_it_is_what_its_words_say_and_none_of_what_they_rule_out(queries:
     scales = OperandScales(*(scales_of(each, PER_TENSOR) for each in given))
     plain = Operands(*(each.scale for each in scales))
     out = attention_in_fp8(*given, SCALING, scales).double()
-    torch.testing.assert_close(out, defined(given, plain), rtol=1e-5, atol=1e-5)
+    assert_close(out, defined(given, plain), rtol=1e-5, atol=1e-5)
     others = {f"lifted by {lifted}": defined(given, plain, lifted) for lifted in (0.125, 1.0, 448.0)}
     others["summed after rounding"] = defined(given, plain, summed_after=True)
     others["not rounded"] = exact(*given)

@@ -1,14 +1,43 @@
 """Logits in FP32 from BF16 weights, and what is kept of them."""
 
-import torch
+from __future__ import annotations
 
-from kernels.head import fp32_logits, likeliest
+from typing import TYPE_CHECKING
 
-GENERATOR = torch.Generator().manual_seed(0)
-HIDDEN = torch.randn(300, 32, generator=GENERATOR).bfloat16()
-HEAD = torch.randn(40_000, 32, generator=GENERATOR).bfloat16()
-"""More rows and a larger vocabulary than are computed at once."""
-GIVEN = torch.randint(40_000, (300,), generator=GENERATOR)
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.head import fp32_logits, likeliest
+
+    HIDDEN: torch.Tensor
+    HEAD: torch.Tensor
+    GIVEN: torch.Tensor
+
+ROWS, VOCABULARY, WIDTH = 300, 1000, 32
+VOCABULARY_AT_ONCE, ROWS_AT_ONCE = 384, 200
+"""Less than there is, and no divisor of it; the rows are cut to a whole tile."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Only where these tests run: PyTorch takes longer to load than all that other processes collect."""
+    global torch, fp32_logits, likeliest, HIDDEN, HEAD, GIVEN
+    import torch
+
+    from kernels.head import fp32_logits, likeliest
+
+    generator = torch.Generator().manual_seed(0)
+    HIDDEN = torch.randn(ROWS, WIDTH, generator=generator).bfloat16()
+    HEAD = torch.randn(VOCABULARY, WIDTH, generator=generator).bfloat16()
+    GIVEN = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _little_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.head._VOCABULARY_AT_ONCE", VOCABULARY_AT_ONCE)
+    monkeypatch.setattr("kernels.head._LOGITS_AT_ONCE", ROWS_AT_ONCE * VOCABULARY)
 
 
 def test_logits_of_bf16_weights_are_those_of_float64() -> None:

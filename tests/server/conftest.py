@@ -1,12 +1,13 @@
 """A gateway in front of a fake engine, for failures that a real one cannot be made to show."""
 
 import asyncio
+import importlib.metadata
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,9 +40,8 @@ from server.launch.process import LocalProcess
 from server.metrics import Metrics
 from server.model_config import ModelConfig, TierConfig
 from server.progress import Steps
-from tests.tiers.samples import BUDGET
+from tests.tiers.budgets import BUDGET
 from tiers.catalog import ModelShape
-from tiers.conformance import pictures
 from tiers.conformance.budget import Budget
 from tiers.manifest import FileEntry, Manifest
 from tiers.source import EMBEDDED_MODEL
@@ -122,6 +122,13 @@ class Answer:
     @property
     def body(self) -> bytes:
         return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """What stands in OpenAI's envelope, which is all that there is."""
+        found: dict[str, Any] = json.loads(self.body)["error"]
+        assert found.keys() == {"message", "type", "param", "code"}
+        return found
 
     @property
     def ended(self) -> bool:
@@ -271,6 +278,18 @@ class BuiltWhenAsked:
         await self._built(scope, receive, send)
 
 
+def build_when_asked(patch: pytest.MonkeyPatch) -> None:
+    """Have `build_app` leave its slow part until somebody asks for it."""
+    patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+
+
+def app_built_when_asked(*arguments: Any) -> App:
+    """`build_app` so, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        build_when_asked(patch)
+        return build_app(*arguments)
+
+
 @asynccontextmanager
 async def running_gateway(
     folder: Path, *, max_waiting: int = 4, scrape: Scrape | None = None, **fields: Any
@@ -286,9 +305,7 @@ async def running_gateway(
     replica = fake_replica(config, metrics)
     pool = Pool(tier, replica.manifest, 2048, [replica], metrics, max_num_seqs=tier.resources.max_num_seqs or 128)
     fleet = Fleet([pool])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, fleet, Keys(config.keys_file), metrics, scrape)
+    app = app_built_when_asked(config, fleet, Keys(config.keys_file), metrics, scrape)
     made = Gateway(app, replica, metrics, pool=pool, fleet=fleet)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -322,8 +339,18 @@ async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have theirs where they are tested; drawing takes half a second a report."""
+    from tiers.conformance import pictures  # which gateways that are processes of their own do without
+
     for name in ("spread", "by_position", "by_prompt"):
         monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _versions_are_known() -> Iterator[None]:
+    """A package's is read from its files, which takes as long as the rest of a gateway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", cache(importlib.metadata.version))
+        yield
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from server.keys import KeyFile
-from tests.server.conftest import Answer, Gateway, running_gateway
+from tests.server.conftest import Answer, Gateway, Handler, running_gateway
 
 MODEL = "SmolLM2-135M-Instruct"
 BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}).encode()
@@ -18,6 +18,14 @@ USAGE = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
 
 async def quick(request: web.Request) -> web.StreamResponse:
     return web.json_response({"choices": [], "usage": USAGE})
+
+
+def quick_after(go: asyncio.Event) -> Handler:
+    async def slow(request: web.Request) -> web.StreamResponse:
+        await go.wait()
+        return await quick(request)
+
+    return slow
 
 
 def code_of(answer: Answer) -> object:
@@ -119,12 +127,8 @@ async def test_a_keys_requests_at_once_are_bounded(tmp_path: Path) -> None:
     headers, other = key_in(tmp_path, concurrent_requests=1), key_in(tmp_path, "bob")
     go = asyncio.Event()
 
-    async def slow(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await quick(request)
-
     async with running_gateway(tmp_path) as gateway:
-        gateway.handler = slow
+        gateway.handler = quick_after(go)
         first = asyncio.create_task(gateway.post(BODY, headers=headers))
         others = asyncio.create_task(gateway.post(BODY, headers=other))
         await asyncio.sleep(0.05)
@@ -139,12 +143,8 @@ async def test_a_keys_requests_at_once_are_bounded(tmp_path: Path) -> None:
 async def test_beyond_the_queue_it_is_429_at_once_with_retry_after(tmp_path: Path) -> None:
     go = asyncio.Event()
 
-    async def slow(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await quick(request)
-
     async with running_gateway(tmp_path, max_waiting=2, tier={"max_num_seqs": 1}) as gateway:
-        gateway.handler = slow
+        gateway.handler = quick_after(go)
         held = [asyncio.create_task(gateway.post(BODY)) for _ in range(3)]
         await asyncio.sleep(0.05)
         assert gateway.metric("assay_requests_waiting") == 2

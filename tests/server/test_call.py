@@ -11,8 +11,6 @@ from server.responses_call import ResponsesCall
 from server.schema import check_depth
 from server.text_call import ChatCall, CompletionCall
 
-DEEP = "[" * 99
-
 
 def chat(text: str) -> ChatCall:
     return read_call(text.encode(), ChatCall)
@@ -251,10 +249,6 @@ def test_a_long_chain_of_references_is_followed_once() -> None:
     began = time.perf_counter()
     chat(body).check()
     assert time.perf_counter() - began < 0.5
-
-
-def tool_of(parameters: object) -> object:
-    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from server.engines.pool import Pool
 from server.engines.state import State
 from server.metrics import Metrics
 from server.standing import Standing, Standings
-from tests.server.conftest import Answer, FakeEngineReplica, Gateway, fake_replica
+from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica
 from tests.server.test_keys import Clock
-from tests.tiers.samples import BUDGET, make_certificate, make_findings, make_measurement
+from tests.tiers.budgets import BUDGET
+from tests.tiers.samples import make_certificate, make_findings, make_measurement
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
 from tiers.conformance.budget import Budget
@@ -123,12 +124,6 @@ async def says(gateway: Gateway) -> str:
     return answer.headers["x-assay-certificate"]
 
 
-def error_of(answer: Answer) -> dict[str, Any]:
-    error: dict[str, Any] = json.loads(answer.body)["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
-
-
 async def told(gateway: Gateway) -> dict[str, Any] | None:
     """The summary in /v1/tiers, the same in both places."""
     _, listed = await get(gateway, "/v1/tiers")
@@ -193,12 +188,12 @@ async def test_the_whole_certificate_is_what_its_digest_is_of(certified: Gateway
 
 async def test_where_there_is_no_certificate_it_is_not_found(certified: Gateway) -> None:
     answer = await certified.post(b"", path=f"/v1/tiers/{MODEL}/certificate", method="GET")
-    error = error_of(answer)
+    error = answer.error
     assert (answer.status, error["code"], error["param"]) == (404, "no_certificate", "model")
     assert f"{MODEL}-Reference has no certificate" in error["message"]
     assert "`assay certify`" in error["message"]
     answer = await certified.post(b"", path="/v1/tiers/nothing/certificate", method="GET")
-    assert (answer.status, error_of(answer)["code"]) == (404, "model_not_found")
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
 
 
 async def test_the_figures_of_what_was_not_measured_are_no_numbers(certified: Gateway) -> None:

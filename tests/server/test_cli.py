@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer.main
 
 import kernels
 import tiers.hardware
 from server.alone import alone
-from server.cli import main
+from server.cli import app, main
 from server.config_file import load_config
 from server.keys import KeyFile
 from server.launch.process import free_port
@@ -89,22 +91,16 @@ def checkpoint(home: Path, *, damaged: str | None = None) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "serve",
-        "gateway",
-        "engine",
-        "plan",
-        "build",
-        "verify",
-        "certify",
-        "tiers",
-        "keys add",
-        "keys list",
-        "keys remove",
-    ],
-)
+def every_command(group: Any, *above: str) -> Iterator[str]:
+    """As they are typed, after `assay`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, *above, name)
+        else:
+            yield " ".join([*above, name])
+
+
+@pytest.mark.parametrize("command", [*every_command(typer.main.get_command(app))])
 def test_help_teaches_by_example(here: Here, command: str) -> None:
     code, out, _ = here(*command.split(), "--help")
     assert code == 0
@@ -164,6 +160,7 @@ def test_too_little_memory_is_found_before_anything_is_started(here: Here, tmp_p
     assert "Checkpoint" not in err
 
 
+@pytest.mark.program
 def test_a_model_folder_that_is_not_there_is_a_sentence(here: Here, tmp_path: Path) -> None:
     python = Path(__file__).parents[2] / ".venv-quantize" / "bin" / "python"
     if not python.exists():
@@ -439,6 +436,7 @@ def test_an_operator_that_is_not_there_is_a_sentence(
     assert sentence in " ".join(err.split())
 
 
+@pytest.mark.program
 def test_completion_can_be_installed(tmp_path: Path) -> None:
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run(["bash", "-c", f"{ASSAY} --install-completion; exit $?"], env=environment, check=True)
@@ -678,9 +676,9 @@ def test_what_starts_an_engine_is_printed_without_its_key(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ASSAY_ENGINE_KEY", "a-secret-of-ours")
+    monkeypatch.setattr(tiers.hardware, "free_ram", lambda: 16 << 30)
     checkpoint(tmp_path / ".assay")
     (tmp_path / "c.yaml").write_text(ELSEWHERE)
-    monkeypatch.setattr(sys, "argv", ["assay", "engine", "Reference", "-c", "c.yaml", "--print"])
     code, out, _ = here("engine", "Reference", "-c", "c.yaml", "--host", "::", "--port", "8102", "--print")
     assert code == 0
     assert "a-secret-of-ours" not in out

@@ -16,12 +16,6 @@ DONE = b"data: [DONE]\n\n"
 STREAM = b'{"model":"SmolLM2-135M-Instruct","stream":true}'
 
 
-def error_of(answer: Answer) -> dict[str, object]:
-    error: dict[str, object] = json.loads(answer.body)["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
-
-
 def streams(*parts: bytes, then_cut: bool = False) -> object:
     """An engine that streams these parts, each in a packet of its own."""
 
@@ -115,7 +109,7 @@ async def test_a_500_of_a_living_engine_is_a_500(gateway: Gateway) -> None:
     gateway.handler = handler
     answer = await gateway.post()
     assert answer.status == 500
-    assert error_of(answer)["code"] == "engine_failed"
+    assert answer.error["code"] == "engine_failed"
     assert gateway.replica.state is State.READY
 
 
@@ -128,7 +122,7 @@ async def test_what_is_neither_an_answer_nor_a_refusal_is_the_engines_failure(
 
     gateway.handler = handler
     answer = await gateway.post()
-    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert (answer.status, answer.error["code"]) == (500, "engine_failed")
     assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
 
 
@@ -153,7 +147,7 @@ REFUSED = b'{"error":{"message":"top_k is odd","type":"BadRequestError","param":
 
 async def test_a_response_that_the_engine_refuses_by_cutting_its_stream_is_refused(gateway: Gateway) -> None:
     answer = await ask_for_a_response(gateway, OPENING, then=web.Response(status=400, body=REFUSED))
-    assert (answer.status, error_of(answer)["message"]) == (400, "top_k is odd")
+    assert (answer.status, answer.error["message"]) == (400, "top_k is odd")
     streamed, brief = (json.loads(body) for body in gateway.bodies)
     assert brief == streamed | {"stream": False, "max_output_tokens": 1}
     assert gateway.metric("assay_streams_broken_total") == 0
@@ -161,13 +155,13 @@ async def test_a_response_that_the_engine_refuses_by_cutting_its_stream_is_refus
 
 async def test_a_response_that_is_cut_without_being_refused_has_failed(gateway: Gateway) -> None:
     answer = await ask_for_a_response(gateway, OPENING, then=web.json_response({"status": "completed"}))
-    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert (answer.status, answer.error["code"]) == (500, "engine_failed")
 
 
 async def test_a_chat_that_is_cut_is_not_asked_for_again(gateway: Gateway) -> None:
     gateway.handler = streams(CHUNK[:11], then_cut=True)  # type: ignore[assignment]
     answer = await gateway.post(STREAM)
-    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert (answer.status, answer.error["code"]) == (500, "engine_failed")
     assert len(gateway.seen) == 2, "asked once, and then whether it is alive"
 
 
@@ -195,17 +189,17 @@ async def test_a_form_that_no_answer_can_have_is_the_callers_mistake(gateway: Ga
     form = {"model": "SmolLM2-135M-Instruct", "stream": stream, "response_format": {"type": "json_object"}}
     for _ in range(10):
         answer = await gateway.post(json.dumps(form).encode())
-        assert (answer.status, error_of(answer)["param"]) == (400, "response_format")
+        assert (answer.status, answer.error["param"]) == (400, "response_format")
     assert gateway.replica.state is State.READY, "nobody takes an engine from others by asking for what cannot be"
     answer = await gateway.post(STREAM if stream else b'{"model":"SmolLM2-135M-Instruct"}')
-    assert (answer.status, error_of(answer)["code"]) == (500, "engine_failed")
+    assert (answer.status, answer.error["code"]) == (500, "engine_failed")
 
 
 async def test_an_engine_that_is_gone_is_a_503_with_retry_after_and_taken_out(gateway: Gateway) -> None:
     gateway.replica.connect("http://127.0.0.1:1")
     answer = await gateway.post()
     assert answer.status == 503
-    assert error_of(answer)["code"] == "tier_unavailable"
+    assert answer.error["code"] == "tier_unavailable"
     assert int(answer.headers["retry-after"]) >= 1
     assert gateway.replica.state is State.RESTARTING
     assert gateway.metric("assay_tier_ready") == 0
@@ -228,7 +222,7 @@ async def test_every_shape_of_an_engines_refusal_becomes_one(gateway: Gateway, b
     gateway.handler = handler
     answer = await gateway.post()
     assert answer.status == 422
-    assert error_of(answer)["message"] == message
+    assert answer.error["message"] == message
     assert answer.headers["x-assay-tier"] == "Reference"
 
 
@@ -250,20 +244,20 @@ async def test_every_shape_of_an_engines_refusal_becomes_one(gateway: Gateway, b
 async def test_a_body_that_is_no_json_object_is_400(gateway: Gateway, body: bytes) -> None:
     answer = await gateway.post(body)
     assert answer.status == 400
-    assert "The request body" in str(error_of(answer)["message"])
+    assert "The request body" in str(answer.error["message"])
     assert gateway.seen == []
 
 
 async def test_an_oversized_body_is_413_before_its_end(gateway: Gateway) -> None:
     answer = await gateway.post(b"x" * (1 << 20) + b"xx")
     assert answer.status == 413
-    assert error_of(answer)["code"] == "request_too_large"
+    assert answer.error["code"] == "request_too_large"
 
 
 async def test_an_unknown_model_is_404_and_never_reaches_an_engine(gateway: Gateway) -> None:
     answer = await gateway.post(b'{"model":"SmolLM2-135M-Instruct-Turbo"}')
     assert answer.status == 404
-    assert error_of(answer)["code"] == "model_not_found"
+    assert answer.error["code"] == "model_not_found"
     assert "x-assay-tier" not in answer.headers
     assert gateway.seen == []
 
@@ -276,7 +270,7 @@ async def test_routes_that_do_not_exist_answer_in_the_envelope(
 ) -> None:
     answer = await gateway.post(method=method, path=path)
     assert answer.status == status
-    assert path in str(error_of(answer)["message"])
+    assert path in str(answer.error["message"])
 
 
 async def test_a_client_that_leaves_stops_the_engine(gateway: Gateway) -> None:
@@ -338,7 +332,7 @@ async def test_a_mistake_of_the_gateway_is_a_500_that_can_be_found_in_the_log(
     answer = await gateway.post(headers={"x-request-id": "find-me"})
     assert answer.status == 500
     assert answer.headers["x-request-id"] == "find-me"
-    assert error_of(answer)["code"] == "internal_error"
+    assert answer.error["code"] == "internal_error"
     assert "find-me" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
@@ -349,7 +343,7 @@ async def test_a_mistake_in_a_route_of_the_framework_is_the_same_500(
     monkeypatch.setattr(type(gateway.metrics), "exposition", None)
     answer = await gateway.post(b"", path="/metrics", method="GET", headers={"x-request-id": "find-me"})
     assert answer.status == 500
-    assert error_of(answer)["code"] == "internal_error"
+    assert answer.error["code"] == "internal_error"
     assert "find-me" in caplog.text
 
 

@@ -19,7 +19,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.model_config import ModelConfig, TierConfig
 from tests.server.conftest import FakeEngineReplica, Gateway, fake_replica, running_gateway
-from tests.server.test_certificates import MODEL, answers, error_of, findings, get, held_to, runs, save, says
+from tests.server.test_certificates import MODEL, answers, findings, get, held_to, runs, save, says
 from tiers.errors import ConfigError
 from tiers.tier import TierKind
 
@@ -44,7 +44,7 @@ async def strict(tmp_path: Path) -> AsyncIterator[Gateway]:
 async def test_enforced_a_tier_without_one_is_refused_and_never_asked(strict: Gateway) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         answer = await strict.post(path=path)
-        error = error_of(answer)
+        error = answer.error
         assert (answer.status, error["code"], error["type"]) == (503, "tier_not_certified", "server_error")
         assert f"{MODEL}-Reference is not served" in error["message"]
         assert "There is no certificate. `assay certify` makes one." in error["message"]
@@ -62,20 +62,20 @@ async def test_enforced_a_tier_that_fails_or_has_changed_is_refused_and_says_why
     save(tmp_path, strict.replica, findings(0.05))
     answer = await strict.post()
     assert (answer.status, answer.headers["x-assay-certificate"]) == (503, "fail")
-    assert " in prefill is " in error_of(answer)["message"]
+    assert " in prefill is " in answer.error["message"]
     save(tmp_path, strict.replica)
     assert await says(strict) == "pass"
     runs(strict.replica, "0.33.0")
     answer = await strict.post()
     assert (answer.status, answer.headers["x-assay-certificate"]) == (503, "none")
-    assert "The engine is vLLM 0.33.0, and 0.32.0 was measured." in error_of(answer)["message"]
+    assert "The engine is vLLM 0.33.0, and 0.32.0 was measured." in answer.error["message"]
 
 
 async def test_enforced_an_engine_that_starts_is_waited_for(strict: Gateway, tmp_path: Path) -> None:
     save(tmp_path, strict.replica)
     strict.replica.verified, strict.replica.state = None, State.RESTARTING
     answer = await strict.post()
-    assert (answer.status, error_of(answer)["code"]) == (503, "tier_unavailable")
+    assert (answer.status, answer.error["code"]) == (503, "tier_unavailable")
     assert "retry-after" in answer.headers
 
 
@@ -87,7 +87,7 @@ async def test_a_damaged_one_is_refused_and_mended_without_a_restart(
     path = Certificates(tmp_path / "certificates").file(strict.replica.tier)
     path.write_text("{")
     answer = await strict.post()
-    assert (answer.status, error_of(answer)["code"]) == (503, "tier_not_certified")
+    assert (answer.status, answer.error["code"]) == (503, "tier_not_certified")
     assert (await get(strict, f"/v1/tiers/{MODEL}/certificate"))[0] == 404
     save(tmp_path, strict.replica)
     assert await says(strict) == "pass"
@@ -145,7 +145,7 @@ async def test_callers_of_another_tier_are_not_affected(strict: Gateway, tmp_pat
     try:
         save(tmp_path, two.turbo)
         refused = await two.gateway.post()
-        assert (refused.status, error_of(refused)["code"]) == (503, "tier_not_certified")
+        assert (refused.status, refused.error["code"]) == (503, "tier_not_certified")
         answer = await two.gateway.post(b'{"model":"%s-Turbo"}' % MODEL.encode())
         assert (answer.status, answer.headers["x-assay-certificate"]) == (200, "pass")
         assert answer.headers["x-assay-tier"] == "Turbo"

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import uvicorn
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-import server.app
-from server.app import build_app
 from server.config import Config
 from server.elsewhere import SUFFIX
 from server.engines import replica as replicas
@@ -31,7 +28,7 @@ from server.preparation import prepare
 from server.progress import Steps
 from server.serve import _run, _start_all
 from server.stop import Stop
-from tests.server.conftest import Answer, BuiltWhenAsked, Gateway
+from tests.server.conftest import Answer, Gateway, app_built_when_asked, build_when_asked
 from tests.server.engines.drained import until
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
@@ -144,9 +141,7 @@ def config_of(home: Path, *urls: str, **fields: Any) -> Config:
 async def serving(config: Config) -> AsyncIterator[Half]:
     """What `assay gateway` does, but for its socket."""
     fleet, metrics = await prepare(config, Steps(), build=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
-        app = build_app(config, fleet, Keys(config.keys_file), metrics)
+    app = app_built_when_asked(config, fleet, Keys(config.keys_file), metrics)
     try:
         await _start_all(fleet, Steps())
         fleet.watch()
@@ -383,7 +378,7 @@ async def starting(
 
     monkeypatch.setattr("server.serve._start_engines", loads)
     monkeypatch.setattr("server.serve.spare_the_collector", bool)
-    monkeypatch.setattr(server.app, "_other_routes", partial(BuiltWhenAsked, server.app._other_routes))
+    build_when_asked(monkeypatch)
     checkpoint(config.home)
     config = config.model_copy(update={"drain_grace_s": getattr(request, "param", 0.1), "drain_timeout_s": 5})
     fleet, metrics = await prepare(config, Steps(), build=False)

@@ -12,7 +12,7 @@ from server.engines.state import State
 from server.listener import http_server, listening_socket
 from server.serve import _drain, _stop_gateway
 from server.stop import Stop
-from tests.server.engines.drained import STREAM, TIER, a_moment, drained_gateway, error, is_whole, until
+from tests.server.engines.drained import STREAM, TIER, a_moment, drained_gateway, is_whole, until
 
 
 def settings(folder: Path, grace_s: float = 0.1, timeout_s: float = 5) -> Config:
@@ -33,7 +33,7 @@ async def test_what_waits_in_the_queue_is_accepted_too_and_the_rest_is_refused(t
         assert health.headers["connection"] == "close", "the next request is to go to another server"
         await asyncio.sleep(0.2)
         refused = await gateway.post(STREAM)
-        assert (refused.status, error(refused)["code"]) == (503, "server_stopping")
+        assert (refused.status, refused.error["code"]) == (503, "server_stopping")
         assert "retry-after" in refused.headers
         assert not stopping.done()
         engines.may_end.set()

@@ -267,6 +267,7 @@ def test_the_environment_decides_how_a_container_logs(tmp_path: Path, monkeypatc
         load_config(file)
 
 
+@pytest.mark.program
 def test_all_that_a_server_writes_is_json_from_its_first_line_to_its_last(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     # One tier: a machine that runs the fast tests need not have room for three.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 import server.shared_limits
 from server.config import Config
@@ -25,7 +24,7 @@ from server.limits import Entry, Limits, LimitsNotShared, LocalLimits, check_lim
 from server.shared_limits import LimitsUnreachable, RedisUnreachable, SharedLimits
 from tests.server.conftest import running_gateway
 from tests.server.redis_server import RedisServer, redis_server
-from tests.server.test_admission import BODY, USAGE, bearer, code_of, quick
+from tests.server.test_admission import BODY, USAGE, bearer, code_of, quick, quick_after
 from tiers.errors import ConfigError
 
 GUESS = len(BODY) // 4 + 10
@@ -354,10 +353,6 @@ async def test_two_gateways_hold_a_caller_to_one_limit_and_do_without_redis_for_
     )
     go = asyncio.Event()
 
-    async def slow(request: web.Request) -> web.StreamResponse:
-        await go.wait()
-        return await quick(request)
-
     async with AsyncExitStack() as stack:
         gateways = [
             await stack.enter_async_context(
@@ -377,7 +372,7 @@ async def test_two_gateways_hold_a_caller_to_one_limit_and_do_without_redis_for_
         assert sorted(left) == ["0", "1", "2", "3", "4"]
 
         for gateway in gateways:
-            gateway.handler = slow
+            gateway.handler = quick_after(go)
         held = post(busy, 8)
         while len(refused := [each.result() for each in held if each.done()]) < 5:
             await asyncio.sleep(0.01)

@@ -78,6 +78,7 @@ async def test_all_that_is_said_of_the_processes_themselves_is_in_the_table(tmp_
     assert {name for name in names if not name.endswith(CREATED)} == {each.name for each in series.OF_WORKERS}
 
 
+@pytest.mark.program
 async def test_several_processes_answer_on_one_port_as_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,6 +129,7 @@ async def test_several_processes_answer_on_one_port_as_one(
             assert not any(psutil.pid_exists(pid) for pid in now)
 
 
+@pytest.mark.program
 async def test_what_cannot_begin_is_not_begun_again_and_again(tmp_path: Path) -> None:
     config = Config(home=tmp_path, port=0, workers=1)
     never = asyncio.Event()

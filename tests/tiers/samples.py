@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from tests.tiers.budgets import BUDGET
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
 from tiers.conformance.budget import Budget, judge, overall
@@ -28,7 +29,7 @@ from tiers.conformance.findings import (
     Tails,
     WorstToken,
 )
-from tiers.conformance.scores import PHASES, Phase, Scores
+from tiers.conformance.scores import Phase, Scores
 from tiers.conformance.statistics import phase_findings
 from tiers.precision import FP8
 from tiers.tier import TierKind
@@ -37,9 +38,6 @@ from tiers.verification import verify_precision
 KINDS = ("chat", "knowledge", "reasoning", "code", "long_context", "multi_turn", "tool_use", "structured_output")
 LANGUAGES = ("en", "de", "fr", "it", "pt", "hi", "es", "th")
 RANGES = {"0–15": (0, 16), "16–31": (16, 32), "32–47": (32, 48), "48–63": (48, 64)}
-BUDGET: dict[Phase, dict[str, float]] = {
-    phase: {"kl": 0.012, "rejection": 0.035, "perplexity_gap": 0.05} for phase in PHASES
-}
 _BEFORE = (
     "Give the answer and how you found it.\n\nA train leaves at nine and travels 240 km in three hours. Its "
     "average speed is the way divided by the time, which is what was asked for. It is therefore",

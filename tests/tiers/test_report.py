@@ -88,6 +88,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
 
 
+@pytest.fixture
+def by_position_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one picture that shows groups and intervals."""
+    for name in ("spread", "by_prompt"):
+        monkeypatch.setattr(pictures, name, lambda *_: Markup("<svg></svg>"))
+
+
 def with_predicate(certificate: Certificate, **fields: Any) -> Certificate:
     return certificate.model_copy(update={"predicate": certificate.predicate.model_copy(update=fields)})
 
@@ -146,6 +153,7 @@ def test_a_budget_that_no_number_of_prompts_settles_says_so(measured: Measured) 
     assert "no number of further prompts would settle it" in page.text
 
 
+@pytest.mark.usefixtures("by_position_alone")
 def test_groups_of_too_few_prompts_have_figures_and_no_interval() -> None:
     findings = make_few_findings()
     scores = make_measurement(prompts=10)[0]
@@ -239,6 +247,7 @@ def test_what_it_holds_for_stands_there(page: Page, measured: Measured) -> None:
     assert [text for text in wanted if text not in page.text] == []
 
 
+@pytest.mark.usefixtures("by_position_alone")
 def test_what_a_model_wrote_is_text(measured: Measured) -> None:
     findings = measured.certificate.predicate.findings
     written = dict.fromkeys(("prompt_id", "before", "token", "top_q"), SCRIPT)
@@ -382,6 +391,7 @@ def test_what_was_signed_reads_as_what_was_measured(measured: Measured) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.program
 def test_nothing_draws_before_it_is_asked_to() -> None:
     code = "import sys, tiers.conformance.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,12 +14,24 @@ from server.engines.drains import Drains
 from server.engines.failures import EngineNotStarted
 from server.engines.pool import Pool
 from server.metrics import Metrics
-from tests.server.conftest import Answer, FakeEngineReplica, Gateway, fake_replica, running_gateway
+from tests.server.conftest import Answer, FakeEngineReplica, Gateway, Handler, fake_replica, running_gateway
+from tiers.probe.reading import WAKE_ROUTE
 
 TIER = "SmolLM2-135M-Instruct-Reference"
 STREAM = json.dumps({"model": TIER, "stream": True}).encode()
 CHUNK = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 END = b"data: [DONE]\n\n"
+
+
+def slow_to_wake(waking: asyncio.Event) -> Handler:
+    """An engine that is awake when the event is set."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.path == WAKE_ROUTE:
+            await waking.wait()
+        return web.json_response({"id": "x"})
+
+    return handle
 
 
 class Runs:
@@ -133,12 +145,6 @@ async def a_moment() -> None:
 def is_whole(answer: Answer) -> bool:
     """Whether it has its last event."""
     return answer.status == 200 and answer.ended and answer.body.endswith(END)
-
-
-def error(answer: Answer) -> dict[str, Any]:
-    """What the answer says is wrong."""
-    said: dict[str, Any] = json.loads(answer.body)["error"]
-    return said
 
 
 @asynccontextmanager

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from server.engines.drains import Drains, NotDrained, Work
 from server.engines.following import Following
@@ -19,8 +18,8 @@ from tests.server.engines.drained import (
     Engines,
     a_moment,
     drained_gateway,
-    error,
     is_whole,
+    slow_to_wake,
     until,
 )
 from tiers.probe.reading import SLEEP_ROUTE, WAKE_ROUTE
@@ -207,7 +206,7 @@ async def test_an_engine_that_does_not_come_back_is_said_and_nobody_waits_for_it
     with pytest.raises(NotDrained, match=r"as the test wants\. The server goes on trying"):
         await drain.task
     answer = await waiting[0]
-    assert (answer.status, error(answer)["code"]) == (503, "tier_unavailable")
+    assert (answer.status, answer.error["code"]) == (503, "tier_unavailable")
 
 
 async def test_an_engine_that_dies_while_it_is_drained_is_started_at_once(tier: Tier) -> None:
@@ -244,8 +243,8 @@ async def test_what_is_stopped_answers_whom_it_accepted_refuses_the_rest_and_is_
     await a_moment()
     for _ in range(2):
         refused = await engines.gateway.post(STREAM)
-        assert (refused.status, error(refused)["code"]) == (503, "tier_drained")
-        assert "an operator has drained it" in error(refused)["message"]
+        assert (refused.status, refused.error["code"]) == (503, "tier_drained")
+        assert "an operator has drained it" in refused.error["message"]
         assert int(refused.headers["retry-after"]) >= 60
         engines.may_end.set()
         await drain.task
@@ -434,7 +433,7 @@ async def test_who_waited_for_an_engine_is_held_to_what_that_engine_is(tmp_path:
         assert not waiting[0].done()
         engines.may_start.set()
         await drain.task
-        assert error(await waiting[0])["code"] == "tier_not_certified"
+        assert (await waiting[0]).error["code"] == "tier_not_certified"
         assert engines.begun == 0
 
 
@@ -443,12 +442,7 @@ async def test_a_request_that_an_engine_wakes_for_is_answered_before_it_is_resta
     replica = engines.gateway.replica
     waking = asyncio.Event()
 
-    async def slow_to_wake(request: web.Request) -> web.StreamResponse:
-        if request.path == WAKE_ROUTE:
-            await waking.wait()
-        return web.json_response({"id": "x"})
-
-    engines.gateway.handler = slow_to_wake
+    engines.gateway.handler = slow_to_wake(waking)
     replica.take_turns(Turns(60))
     await replica.sleep()
     request = asyncio.create_task(engines.gateway.post())

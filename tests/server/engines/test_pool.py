@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from server.app import build_app
 from server.commands.tables import tiers_table
 from server.config import Config
 from server.config_file import load_config
@@ -25,7 +24,7 @@ from server.keys import Keys
 from server.metrics import Metrics
 from server.preparation import prepare
 from server.progress import Steps
-from tests.server.conftest import FakeEngineReplica, Gateway, Handler, fake_replica
+from tests.server.conftest import FakeEngineReplica, Gateway, Handler, app_built_when_asked, fake_replica
 from tests.server.engines.test_turns import Bed, Memory
 from tests.server.test_cli import checkpoint
 from tests.tiers.test_recipe import SMOL
@@ -51,7 +50,7 @@ class Three:
         self.pool = Pool(
             config.tiers[0], self.replicas[0].manifest, 2048, self.replicas, self.metrics, max_num_seqs=AT_ONCE
         )
-        app = build_app(config, Fleet([self.pool]), Keys(config.keys_file), self.metrics)
+        app = app_built_when_asked(config, Fleet([self.pool]), Keys(config.keys_file), self.metrics)
         self.gateway = Gateway(app, self.replicas[0], self.metrics)
 
     def become(self, *states: State) -> None:

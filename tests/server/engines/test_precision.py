@@ -1,7 +1,6 @@
 """A caller gets the precision it insists on, or an error; a tier that computes something else is not served."""
 
 import json
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -9,19 +8,13 @@ from aiohttp import web
 from server.engines.failures import EngineNotStarted, PrecisionRefused
 from server.engines.keeper import keep
 from server.engines.state import State
-from tests.server.conftest import Answer, Gateway
+from tests.server.conftest import Gateway
 from tests.tiers.test_recipe import SMOL
 from tests.tiers.test_verification import reading
 from tiers.precision import BF16, FP8
 from tiers.probe.reading import READING_ROUTE, EngineReading
 
 REFERENCE = b'"model":"SmolLM2-135M-Instruct"'
-
-
-def error_of(answer: Answer) -> dict[str, Any]:
-    error: dict[str, Any] = json.loads(answer.body)["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
 
 
 def says(gateway: Gateway, *readings: EngineReading) -> None:
@@ -49,7 +42,7 @@ async def test_a_pin_that_holds_is_answered_and_never_reaches_the_engine(gateway
 async def test_a_pin_that_does_not_hold_is_an_error_and_no_other_tier_answers(gateway: Gateway, pin: str) -> None:
     says(gateway)
     answer = await gateway.post(b"{" + REFERENCE + b', "precision":"' + pin.encode() + b'"}')
-    error = error_of(answer)
+    error = answer.error
     assert (answer.status, error["code"], error["param"]) == (400, "precision_not_available", "precision")
     assert "computes in bf16" in error["message"]
     assert gateway.seen == []
@@ -67,7 +60,7 @@ async def test_a_pin_in_a_body_that_cannot_be_read_is_refused(gateway: Gateway, 
     says(gateway)
     answer = await gateway.post(b"{" + REFERENCE + b', "precision":"bf16", ' + rest + b"}")
     assert answer.status == 400
-    assert "cannot be read" in error_of(answer)["message"]
+    assert "cannot be read" in answer.error["message"]
     assert gateway.seen == []
 
 
@@ -87,8 +80,8 @@ async def test_an_engine_that_computes_something_else_is_not_served_and_says_why
     assert "SmolLM2-135M-Instruct-Reference is not served" in str(refusal.value)
     answer = await gateway.post()
     assert answer.status == 503
-    assert error_of(answer)["code"] == "tier_not_verified"
-    assert "declared BF16" in error_of(answer)["message"]
+    assert answer.error["code"] == "tier_not_verified"
+    assert "declared BF16" in answer.error["message"]
     assert "retry-after" not in answer.headers, "trying again does not help"
     shown = await gateway.post(b"", path="/v1/tiers/SmolLM2-135M-Instruct", method="GET")
     tier = json.loads(shown.body)

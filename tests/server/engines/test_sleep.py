@@ -10,7 +10,7 @@ from server.engines.affinity import Work
 from server.engines.state import State
 from server.engines.turns import Turns
 from tests.server.conftest import Gateway
-from tests.server.engines.drained import Runs
+from tests.server.engines.drained import Runs, slow_to_wake
 from tests.server.engines.test_turns import Bed, Memory
 from tiers.probe.reading import SLEEP_ROUTE, WAKE_ROUTE
 
@@ -115,12 +115,7 @@ async def test_a_request_that_waits_for_its_engine_to_wake_counts_as_running(gat
     """A stop lets it finish."""
     waking = asyncio.Event()
 
-    async def slow_to_wake(request: web.Request) -> web.StreamResponse:
-        if request.path == WAKE_ROUTE:
-            await waking.wait()
-        return web.json_response({"id": "x"})
-
-    gateway.handler = slow_to_wake
+    gateway.handler = slow_to_wake(waking)
     gateway.replica.take_turns(Turns(60))
     await gateway.replica.sleep()
     request = asyncio.create_task(gateway.post())

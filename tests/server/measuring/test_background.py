@@ -19,7 +19,7 @@ from server.metrics import Metrics
 from server.model_config import ModelConfig, TierConfig
 from tests.server.conftest import FakeEngineReplica, Gateway
 from tests.server.test_certificates import MODEL, findings, runs, save
-from tests.tiers.samples import BUDGET
+from tests.tiers.budgets import BUDGET
 from tiers.conformance.budget import Budget
 from tiers.errors import ConfigError
 from tiers.tier import TierKind

@@ -150,7 +150,7 @@ def answered(prompt: list[int], length: int, source: str, seed: int) -> list[int
     return ids[len(prompt) :]
 
 
-def make_pack(folder: Path, *, length: int = 24, model: str = MODEL, prompts: str | None = None) -> Pack:
+def make_pack(folder: Path, *, length: int = 16, model: str = MODEL, prompts: str | None = None) -> Pack:
     """What the reference answers, with what it holds likeliest; no hidden states."""
     answers = []
     for number, prompt in enumerate(PROMPTS):

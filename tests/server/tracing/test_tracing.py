@@ -475,6 +475,7 @@ async def test_a_stop_does_not_wait_for_a_collector_that_does_not_answer(
         assert time.monotonic() - began < 4, "and not the ten seconds that a batch may take"
 
 
+@pytest.mark.program
 def test_without_tracing_opentelemetrys_sdk_is_not_even_imported() -> None:
     program = (
         "import sys, server.serve, server.cli;"
