@@ -25,6 +25,7 @@ PROMPTS = sorted(
 )[:3]
 
 
+@pytest.mark.slow
 def test_bounds_by_the_public_api_are_below_what_the_probe_says(assay: Server, tmp_path: Path) -> None:
     engines = Engines(assay)
 

@@ -257,6 +257,7 @@ def test_the_tier_serves_from_what_is_left(placed: Placed) -> None:
     assert told.status == 200, told.problem
 
 
+@pytest.mark.slow
 def test_the_replica_comes_back_when_there_is_a_node_again(placed: Placed) -> None:
     placed.cluster.worker(3)
     wait_until(lambda: placed.states() == ["ready", "ready"], 120, "it is back on the new node")
