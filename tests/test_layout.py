@@ -1,6 +1,7 @@
 """The house: what lies where, and that CONTRIBUTING.md tells the truth about it."""
 
 import ast
+import gc
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -39,7 +40,11 @@ def test_the_table_in_contributing_names_every_module_and_no_other() -> None:
 
 @cache
 def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+    gc.disable()  # before 3.11.8 what a collection finalizes meanwhile may end the parser
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
 
 
 def public_methods(of: ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
