@@ -174,6 +174,7 @@ async def _drain(engine: Engine, timeout_s: float) -> None:
     One that does not say for a while how many it still answers is busy: it is asked again, as long as it runs.
     """
     running: int | None = None
+    is_silent = False
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             while running != 0 and _runs(engine):
@@ -181,9 +182,11 @@ async def _drain(engine: Engine, timeout_s: float) -> None:
                     now = await engine.drain()
                     if now and running is None:
                         log.warning("stopping: %d requests may finish within %.0f s", now, timeout_s)
-                    running = now
+                    running, is_silent = now, False
                 except EngineNotStarted as error:
-                    log.warning("stopping: %s", error)
+                    if not is_silent:  # else ten lines a second, of an engine that hears nobody any more
+                        log.warning("stopping: %s", error)
+                    is_silent = True
                 await asyncio.sleep(POLL_S)
     if running != 0 and _runs(engine):
         log.warning("stopping: %s requests are broken off", "all" if running is None else running)

@@ -9,6 +9,8 @@ from server.certificates import Certificates
 from server.config import Config
 from tiers.conformance.report import Measured, render_report
 from tiers.conformance.signature import sign
+from tiers.errors import CertificateError
+from tiers.files import write_whole
 from tiers.tier import Tier
 
 
@@ -32,14 +34,17 @@ class Written:
         """Put a tier's certificate in place of its last one, and into the report.
 
         Raises:
-            CertificateError: it cannot be written.
+            CertificateError: it, its envelope or the report cannot be written.
         """
         name = measured.certificate.predicate.tier
         file = self._kept.save(self._tiers[name], measured.certificate)
-        envelope = file.with_suffix(".dsse.json")
-        envelope.unlink(missing_ok=True)  # it says of another certificate that it is signed
-        if self._key is not None:
-            sign(measured.certificate, self._key).write(envelope)
         self._measured[name] = measured
         found = [self._measured[name] for name in self._tiers if name in self._measured]
-        self.report.write_text(render_report(found), encoding="utf-8")
+        envelope = file.with_suffix(".dsse.json")
+        try:
+            envelope.unlink(missing_ok=True)  # it says of another certificate that it is signed
+            if self._key is not None:
+                sign(measured.certificate, self._key).write(envelope)
+            write_whole(self.report, render_report(found).encode())
+        except OSError as error:
+            raise CertificateError(f"{envelope} or {self.report} cannot be written ({error.strerror}).") from error

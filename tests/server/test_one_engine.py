@@ -77,6 +77,19 @@ async def test_an_engine_that_does_not_say_for_a_moment_is_not_broken_off(
     await asyncio.wait_for(draining, 2)
 
 
+async def test_an_engine_that_hears_nobody_is_told_of_once(
+    busy: tuple[Busy, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    made, engine = busy
+    made.stalls_at = {2, 3, 4}
+    draining = asyncio.create_task(_drain(engine, 60))
+    await made.is_asked(6)
+    made.running = 0
+    await asyncio.wait_for(draining, 2)
+    told = [record.message for record in caplog.records if record.message.startswith("stopping: ")]
+    assert len(told) == 2, "how many may finish, and that it is silent"
+
+
 async def test_an_engine_that_has_ended_is_not_waited_for(busy: tuple[Busy, Engine]) -> None:
     made, engine = busy
     draining = asyncio.create_task(_drain(engine, 60))

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tiers.conformance.certificate import Certificate
 from tiers.errors import CertificateError
+from tiers.files import write_whole
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _KEY_ID_DIGITS = 16
@@ -70,7 +71,7 @@ class Envelope(BaseModel):
 
     def write(self, path: Path) -> None:
         """Put it into a file."""
-        path.write_text(self.text)
+        write_whole(path, self.text.encode())
 
     def unverified(self) -> Certificate:
         """The certificate inside, whoever wrote it: for showing what it claims, never for trusting it.

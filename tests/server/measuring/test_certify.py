@@ -27,7 +27,7 @@ from tiers.conformance.pack import Answer, Origin, Pack, PackError
 from tiers.conformance.prompts import Prompt
 from tiers.conformance.report import Measured
 from tiers.conformance.scores import Scores
-from tiers.errors import BuildError, PlacementError
+from tiers.errors import BuildError, CertificateError, PlacementError
 from tiers.tier import Tier, TierKind
 from tiers.verification import verify_precision
 
@@ -293,6 +293,16 @@ async def test_certificates_and_the_report_are_written_where_the_gateway_looks(l
         "smollm2-135m-instruct-lite.json",
         "smollm2-135m-instruct-turbo.json",
     ]
+
+
+async def test_a_report_that_cannot_be_written_is_a_sentence(lab: Any) -> None:
+    _, config = lab(KL)
+    tiers = [tier for tier in config.tiers if tier.kind is TierKind.LITE]
+    written = Written(config, tiers)
+    written.report.mkdir(parents=True)
+    with pytest.raises(CertificateError, match=r"report\.html cannot be written \(Is a directory\)"):
+        await certify(config, tiers, Asked(quick=True), Steps(), written.add)
+    assert Certificates(config.certificates).of(tiers[0]) is not None, "what was measured is kept"
 
 
 async def test_what_was_measured_is_kept_when_another_tier_cannot_be(
